@@ -1,0 +1,119 @@
+"""The tenant's arena, mapped into this process, and copies into and out of it.
+
+Copies never hold the interpreter lock. Pages are mapped ahead in the background, so that the first
+copy through a fresh mapping is not slowed by a page fault for every 4 KiB.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import threading
+from typing import Any
+
+import numpy as np
+
+from kvstore.errors import ArenaGone, InvalidBlock, NotPermitted
+
+MADV_POPULATE_WRITE = 23
+POPULATE_BYTES = 64 << 20  # one call: short enough to stop soon when the mapping is closed
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_memmove = ctypes.CDLL(None).memmove
+_memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_memmove.restype = ctypes.c_void_p
+
+
+class Arena:
+    """One mapping of one daemon's arena file."""
+
+    def __init__(self, path: str, size_bytes: int, inode: int) -> None:
+        """Map the file. Raises ArenaGone when it is not the one that the daemon told of."""
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except PermissionError:
+            raise NotPermitted(
+                f"this user may not map {path}: join the group that owns the tenant"
+            ) from None
+        except OSError as error:
+            raise ArenaGone(
+                f"the arena {path} cannot be opened: {error.strerror}: connect again"
+            ) from None
+        try:
+            status = os.fstat(file)
+            if status.st_ino != inode or status.st_size != size_bytes:
+                raise ArenaGone(f"{path} is not the arena of this daemon any more: connect again")
+            self._map = mmap.mmap(file, size_bytes)
+        finally:
+            os.close(file)
+        self.path = path
+        self.inode = inode
+        self.size_bytes = size_bytes
+        self.view = memoryview(self._map)
+        self.address: int = np.frombuffer(self._map, np.uint8).__array_interface__["data"][0]
+        self._closing = False
+        self._populate = threading.Thread(
+            target=self._touch_pages, name="kvstore-populate", daemon=True
+        )
+        self._populate.start()
+
+    def close(self) -> None:
+        """Stop the background work. The mapping itself lives while any view of it does."""
+        self._closing = True
+        self._populate.join()
+
+    def wait_populated(self, timeout_s: float | None = None) -> None:
+        """Wait until all pages are mapped; for benchmarks."""
+        self._populate.join(timeout_s)
+
+    def _touch_pages(self) -> None:
+        for start in range(0, self.size_bytes, POPULATE_BYTES):
+            length = min(POPULATE_BYTES, self.size_bytes - start)
+            if self._closing or _libc.madvise(self.address + start, length, MADV_POPULATE_WRITE):
+                return  # an older kernel: the pages come one by one, as they are used
+
+
+def copy(target: int, source: int, size: int) -> None:
+    """Copy bytes between addresses without holding the interpreter lock."""
+    _memmove(target, source, size)
+
+
+def address_of(buffer: Any, size: int, what: str, *, writable: bool) -> int:
+    """Where the bytes of a caller's buffer are.
+
+    Takes CPU torch tensors, and whatever has the buffer protocol. Raises InvalidBlock, naming
+    `what`, unless it is contiguous, of this size in bytes, in host memory, and writable if asked.
+    """
+    if hasattr(buffer, "data_ptr"):
+        return _tensor_address(buffer, size, what)
+    if hasattr(buffer, "__cuda_array_interface__"):
+        raise InvalidBlock(f"{what} is in device memory: copy it to the host first")
+    try:
+        view = buffer if type(buffer) is memoryview else memoryview(buffer)
+    except TypeError:
+        raise InvalidBlock(
+            f"{what} is a {type(buffer).__name__}: give a buffer, a numpy array or a CPU tensor"
+        ) from None
+    if view.nbytes != size:
+        raise InvalidBlock(f"{what} has {view.nbytes} bytes, this layout takes {size}")
+    if not view.c_contiguous:
+        raise InvalidBlock(f"{what} is not contiguous: give a contiguous copy")
+    if writable and view.readonly:
+        raise InvalidBlock(f"{what} is read-only: give a writable buffer")
+    if view.ndim != 1 or view.format != "B":
+        view = view.cast("B")
+    address: int = np.frombuffer(view, np.uint8).__array_interface__["data"][0]
+    return address
+
+
+def _tensor_address(tensor: Any, size: int, what: str) -> int:
+    if tensor.device.type != "cpu":
+        raise InvalidBlock(f"{what} is on {tensor.device}: copy it to the host first")
+    if tensor.nbytes != size:
+        raise InvalidBlock(f"{what} has {tensor.nbytes} bytes, this layout takes {size}")
+    if not tensor.is_contiguous():
+        raise InvalidBlock(f"{what} is not contiguous: give tensor.contiguous()")
+    address: int = tensor.data_ptr()
+    return address

@@ -1,0 +1,310 @@
+"""A cache of blocks of one layout: lookup, put, get, and their parts reserve and acquire."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from kvstore.client.arena import address_of
+from kvstore.client.grant import Grant, count_tiers
+from kvstore.client.places import Places
+from kvstore.client.reservation import REFUSED, Reservation
+from kvstore.errors import InvalidBlock, InvalidRequest
+from kvstore.protos import kvstore_pb2 as pb
+from kvstore.types import KEYS_PER_CALL_MAX, Layout, check_keys
+
+if TYPE_CHECKING:
+    from kvstore.client.client import Client, Session
+
+DEADLINE_S = 1.0  # of reserve and acquire, unless the caller says otherwise
+GRACE_S = 0.05  # for the answer that the daemon sends at the deadline to arrive
+WINDOW_BYTES = 16 << 20  # get copies so much while the rest is still being loaded
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """`length` leading blocks are resident; `tiers` counts in which tier they are."""
+
+    length: int
+    tiers: Counter[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class PutResult:
+    """Blocks stored by this call, present already, and refused for want of room."""
+
+    stored: int
+    present: int
+    refused: int
+
+
+@dataclasses.dataclass(frozen=True)
+class GetResult:
+    """The first `length` buffers hold the right bytes; the content of the others is undefined.
+    `tiers` counts where the blocks were found."""
+
+    length: int
+    tiers: Counter[str]
+    seconds: float
+
+
+class Cache:
+    """Blocks of one layout. `hashes` are lists of 8 to 64 bytes each, all of one length, in prefix
+    order and without repetition; else InvalidKeys is raised, and TooLarge for more than 65,536.
+
+    Every call raises Unavailable when the daemon does not answer in time, and nothing has happened
+    then that the engine could notice. A miss is never an error.
+    """
+
+    def __init__(self, client: Client, layout: Layout) -> None:
+        self.client = client
+        self.layout = layout
+
+    def lookup(self, hashes: Sequence[bytes]) -> Match:
+        """The longest resident prefix. Changes nothing and holds nothing."""
+        session, keys, deadline = self._begin(hashes)
+        reply = session.transport.call(
+            pb.LOOKUP, pb.LookupRequest(keys=keys), pb.LookupReply, deadline
+        )
+        return Match(reply.length, count_tiers(reply.tiers))
+
+    def put(
+        self,
+        hashes: Sequence[bytes],
+        blocks: Sequence[Any],
+        *,
+        parent: bytes | None = None,
+        hints: Mapping[str, str] | None = None,
+        shard: int | None = None,
+        deadline_s: float | None = None,
+    ) -> PutResult:
+        """Store blocks that are not there yet: reserve, copy, commit.
+
+        blocks      one buffer per hash, of `layout.block_bytes` bytes each, or of
+                    `layout.shard_bytes` with `shard`: then a block becomes visible when all its
+                    shards have been put, by whichever client
+        deadline_s  how long to go on when room must be made; None: the client's timeout
+
+        Raises InvalidBlock, before anything is stored, for a buffer of a wrong size or kind.
+        """
+        sources = self._addresses(hashes, blocks, shard, writable=False)
+        end = time.monotonic() + (self.client.timeout_s if deadline_s is None else deadline_s)
+        stored = present = 0
+        left = list(range(len(hashes)))
+        while left:
+            wait_s = min(DEADLINE_S, max(0.0, end - time.monotonic() - GRACE_S))
+            session, reply = self._reserve(
+                [hashes[at] for at in left], parent, hints, wait_s, shard
+            )
+            status: bytes = reply.status
+            present += status.count(1)
+            new = [at for at, answer in zip(left, status, strict=True) if not answer]
+            if new:
+                places = Places(session.arena, self.layout, reply.offsets)
+                places.copy_in([sources[at] for at in new], shard)
+                committed = session.transport.call(
+                    pb.COMMIT,
+                    pb.CommitRequest(lease=reply.lease),
+                    pb.CommitReply,
+                    self.client.deadline(),
+                )
+                stored += committed.stored
+            left = [at for at, answer in zip(left, status, strict=True) if answer == REFUSED]
+            if not new or time.monotonic() >= end:
+                break
+        return PutResult(stored, present, len(left))
+
+    def get(
+        self,
+        hashes: Sequence[bytes],
+        into: Sequence[Any],
+        *,
+        shard: int | None = None,
+        deadline_s: float = DEADLINE_S,
+        prefill_tokens_per_s: float | None = None,
+    ) -> GetResult:
+        """Copy the longest prefix that is resident, in any tier, into buffers of the caller.
+
+        into        one writable buffer per hash, sizes as in `put`
+        deadline_s  how long to wait for blocks that must come up from NVMe
+        prefill_tokens_per_s  the engine's own speed: blocks that would take longer to load than to
+                    compute are left out
+
+        The first `length` buffers of the result are verified; a lease that did not hold ends it.
+        """
+        started = time.monotonic()
+        targets = self._addresses(hashes, into, shard, writable=True)
+        done, tiers = 0, Counter[str]()
+        window = max(1, WINDOW_BYTES // self.layout.block_bytes)
+        while done < len(hashes):
+            left_s = max(0.0, started + deadline_s - time.monotonic())
+            grant = self._acquire(hashes[done:], left_s, prefill_tokens_per_s, window)
+            if not grant.length:
+                break
+            grant._places.copy_out(targets[done : done + grant.length], shard)
+            if not grant.release():
+                break
+            done += grant.length
+            tiers += grant.tiers
+            if grant.stop not in ("pending", "no_room"):
+                break
+        return GetResult(done, tiers, time.monotonic() - started)
+
+    def reserve(
+        self,
+        hashes: Sequence[bytes],
+        *,
+        parent: bytes | None = None,
+        hints: Mapping[str, str] | None = None,
+        deadline_s: float = DEADLINE_S,
+        shard: int | None = None,
+    ) -> Reservation:
+        """Slots for those blocks that are not there, to be written and committed by the caller.
+
+        parent      hash of the block before the first, when the list starts later than the prompt
+        hints       reuse ("continue", "done", "unknown"), finish_reason, tag
+        deadline_s  how long to wait when nothing is free now but room is being made
+        """
+        check_keys(hashes)
+        session, reply = self._reserve(hashes, parent, hints, deadline_s, shard)
+        places = Places(session.arena, self.layout, reply.offsets)
+        return Reservation(self.client, session, places, reply.lease, reply.status, shard)
+
+    def acquire(
+        self,
+        hashes: Sequence[bytes],
+        *,
+        deadline_s: float = DEADLINE_S,
+        prefill_tokens_per_s: float | None = None,
+    ) -> Grant:
+        """The right to read the longest prefix that is resident, or is loaded within the deadline.
+
+        With deadline_s 0, what is in memory now; loads of what follows are ordered all the same.
+        """
+        check_keys(hashes)
+        return self._acquire(hashes, deadline_s, prefill_tokens_per_s, 0)
+
+    def prefetch(self, hashes: Sequence[bytes]) -> int:
+        """Bring blocks of the resident prefix up into memory, without waiting; how many must be."""
+        session, keys, deadline = self._begin(hashes)
+        request = pb.PrefetchRequest(keys=keys)
+        ordered: int = session.transport.call(
+            pb.PREFETCH, request, pb.PrefetchReply, deadline
+        ).ordered
+        return ordered
+
+    def retain(self, hashes: Sequence[bytes], priority: int, ttl_s: float | None = None) -> int:
+        """Keep resident blocks from eviction while others can leave; returns how many are kept.
+
+        priority  0: like any other block, 1 to 99: in this order when nothing else can leave,
+                  100: never evicted
+        ttl_s     for how long; None: until forgotten or retained otherwise
+        """
+        if not isinstance(priority, int) or not 0 <= priority <= 100:
+            raise InvalidRequest(f"priority is {priority!r}: give an integer of 0 to 100")
+        session, keys, deadline = self._begin(hashes)
+        request = pb.RetainRequest(keys=keys, priority=priority, ttl_s=ttl_s or 0.0)
+        retained: int = session.transport.call(
+            pb.RETAIN, request, pb.RetainReply, deadline
+        ).retained
+        return retained
+
+    def forget(self, hashes: Sequence[bytes]) -> int:
+        """Drop blocks from every tier; returns how many were there."""
+        session, keys, deadline = self._begin(hashes)
+        forgotten: int = session.transport.call(
+            pb.FORGET, pb.ForgetRequest(keys=keys), pb.ForgetReply, deadline
+        ).forgotten
+        return forgotten
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _begin(self, hashes: Sequence[bytes]) -> tuple[Session, Any, float]:
+        check_keys(hashes)
+        deadline = self.client.deadline()
+        session = self.client.session(deadline)
+        return session, self._keys(session, hashes, deadline), deadline
+
+    def _keys(self, session: Session, hashes: Sequence[bytes], deadline: float) -> Any:
+        return pb.Keys(
+            layout=self.client.layout_number(self.layout, session, deadline),
+            hash_bytes=len(hashes[0]) if hashes else 0,
+            hashes=b"".join(hashes),
+        )
+
+    def _reserve(
+        self,
+        hashes: Sequence[bytes],
+        parent: bytes | None,
+        hints: Mapping[str, str] | None,
+        wait_s: float,
+        shard: int | None,
+    ) -> tuple[Session, Any]:
+        deadline = time.monotonic() + max(self.client.timeout_s, wait_s + GRACE_S)
+        session = self.client.session(deadline)
+        request = pb.ReserveRequest(
+            keys=self._keys(session, hashes, deadline), parent=parent or b"", deadline_s=wait_s
+        )
+        if shard is not None:
+            request.shard = self._check_shard(shard)
+        if hints:
+            request.hints.CopyFrom(_hints(hints))
+        return session, session.transport.call(pb.RESERVE, request, pb.ReserveReply, deadline)
+
+    def _acquire(
+        self, hashes: Sequence[bytes], wait_s: float, tokens_per_s: float | None, enough: int
+    ) -> Grant:
+        deadline = time.monotonic() + max(self.client.timeout_s, wait_s + GRACE_S)
+        session = self.client.session(deadline)
+        request = pb.AcquireRequest(
+            keys=self._keys(session, hashes, deadline),
+            deadline_s=wait_s,
+            prefill_tokens_per_s=tokens_per_s or 0.0,
+            enough=enough,
+        )
+        reply = session.transport.call(pb.ACQUIRE, request, pb.AcquireReply, deadline)
+        places = Places(session.arena, self.layout, reply.offsets)
+        return Grant(self.client, session, places, reply)
+
+    def _check_shard(self, shard: int) -> int:
+        if not 0 <= shard < self.layout.shards:
+            raise InvalidRequest(f"shard {shard} of {self.layout.shards}: they count from 0")
+        return shard
+
+    def _addresses(
+        self, hashes: Sequence[bytes], buffers: Sequence[Any], shard: int | None, *, writable: bool
+    ) -> list[int]:
+        """Where the buffers are, after everything about keys and buffers has been checked."""
+        check_keys(hashes)
+        if len(buffers) != len(hashes):
+            raise InvalidBlock(
+                f"{len(buffers)} buffers for {len(hashes)} hashes: give one for each"
+            )
+        size = self.layout.block_bytes
+        if shard is not None:
+            self._check_shard(shard)
+            size = self.layout.shard_bytes
+        return [
+            address_of(buffer, size, f"buffer {at}", writable=writable)
+            for at, buffer in enumerate(buffers)
+        ]
+
+
+def _hints(hints: Mapping[str, str]) -> Any:
+    known = {"reuse", "finish_reason", "tag"}
+    if unknown := set(hints) - known:
+        raise InvalidRequest(f"unknown hint {sorted(unknown)[0]!r}: there are {sorted(known)}")
+    reuse = str(hints.get("reuse", "unknown")).upper()
+    if reuse not in pb.Hints.Reuse.keys():  # noqa: SIM118  # an enum wrapper, not a dict
+        raise InvalidRequest(f"hint reuse is {hints['reuse']!r}: use continue, done or unknown")
+    return pb.Hints(
+        reuse=pb.Hints.Reuse.Value(reuse),  # type: ignore[arg-type]  # its number
+        finish_reason=hints.get("finish_reason", ""),
+        tag=hints.get("tag", ""),
+    )
+
+
+__all__ = ["KEYS_PER_CALL_MAX", "Cache", "GetResult", "Match", "PutResult"]

@@ -1,0 +1,209 @@
+"""A client of one tenant: the connection, made again when it is lost, and its arena."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from kvstore import paths, types
+from kvstore.client.arena import Arena
+from kvstore.client.cache import Cache
+from kvstore.client.wire import Wire
+from kvstore.errors import SessionLost, Unavailable
+from kvstore.protos import kvstore_pb2 as pb
+from kvstore.types import Layout, Stats
+
+REFUSED_S = 0.2  # after a failed attempt other calls fail at once for so long
+
+
+class Transport(Protocol):
+    """A connection through either door."""
+
+    dead: str | None
+    pid: int
+
+    def call(self, verb: int, request: Any, reply: Any, deadline: float) -> Any:
+        """See Wire.call."""
+
+    def close(self, why: str = "") -> None:
+        """See Wire.close."""
+
+
+def connect(
+    path: str | os.PathLike[str] | None = None, tenant: str = "default", timeout_s: float = 5.0
+) -> Client:
+    """A client of the daemon of this host.
+
+    path       the tenant's socket, kvstore.sock or grpc.sock; None: the default place
+    tenant     whose socket, when no path is given
+    timeout_s  the longest that a call may take, beyond the deadline that it may have itself
+
+    Raises Unavailable when no daemon answers within that time, NotPermitted when the operating
+    system refuses, ProtocolMismatch when the daemon speaks another version.
+    """
+    socket_path = Path(path) if path is not None else paths.socket_path(tenant)
+    client = Client(socket_path, timeout_s)
+    try:
+        client.session(time.monotonic() + timeout_s)
+    except BaseException:
+        client.close()
+        raise
+    return client
+
+
+class Session:
+    """One connection with its arena. What was leased through it ends with it."""
+
+    def __init__(self, transport: Transport, attached: Any, arena: Arena) -> None:
+        self.transport = transport
+        self.attached = attached
+        self.arena = arena
+        self.layouts: dict[Layout, int] = {}  # as opened through this connection
+
+
+class Client:
+    """See `connect`. Every method may be called from any thread."""
+
+    def __init__(self, path: Path, timeout_s: float) -> None:
+        self.path = path
+        self.timeout_s = timeout_s
+        self._connecting = threading.Lock()
+        self._session: Session | None = None
+        self._arena: Arena | None = None
+        self._refused: tuple[float, Unavailable] | None = None
+        self._closed = False
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def open(self, layout: Layout) -> Cache:
+        """The cache of blocks of this layout. Raises InvalidLayout where no slot can hold one."""
+        cache = Cache(self, layout)
+        self.layout_number(layout, self.session(self.deadline()), self.deadline())
+        return cache
+
+    def stats(self) -> Stats:
+        """The daemon's statistics, in the shape of `kvstore stats --json`, of this tenant."""
+        reply = self.call(pb.STATS, pb.StatsRequest(), pb.StatsReply)
+        stats: Stats = Stats.of(json.loads(reply.json))
+        return stats
+
+    def clear(self) -> int:
+        """Drop every block of the tenant; returns how many there were."""
+        forgotten: int = self.call(pb.CLEAR, pb.ClearRequest(), pb.ClearReply).forgotten
+        return forgotten
+
+    def verify(self, deadline_s: float = 3_600.0) -> tuple[int, int, int]:
+        """Have every NVMe block read and checked: (checked, damaged and dropped, skipped)."""
+        deadline = time.monotonic() + deadline_s
+        reply = self.call(pb.VERIFY, pb.VerifyRequest(), pb.VerifyReply, deadline)
+        return reply.checked, reply.damaged, reply.skipped
+
+    def close(self) -> None:
+        """End the session. What is still reserved or acquired is void."""
+        with self._connecting:
+            self._closed = True
+            session, self._session = self._session, None
+            arena, self._arena = self._arena, None
+        if session is not None:
+            session.transport.close("the client was closed")
+        if arena is not None:
+            arena.close()
+
+    def deadline(self, more_s: float = 0.0) -> float:
+        """The end, on the monotonic clock, of a call that starts now and may wait `more_s`."""
+        return time.monotonic() + self.timeout_s + more_s
+
+    def call(self, verb: int, request: Any, reply: Any, deadline: float | None = None) -> Any:
+        """One call on the present session; a fresh connection is made if there is none."""
+        end = self.deadline() if deadline is None else deadline
+        return self.session(end).transport.call(verb, request, reply, end)
+
+    def session(self, deadline: float) -> Session:
+        """The live session, made anew when it was lost.
+
+        Raises Unavailable when that cannot be done in time. After a failed attempt, calls fail at
+        once for a moment, so that an engine does not wait at every block while no daemon runs.
+        """
+        session = self._session
+        if session is not None and session.transport.dead is None:
+            if session.transport.pid != os.getpid():
+                raise SessionLost(
+                    "this client was made before a fork: connect again in the child process"
+                )
+            return session
+        if not self._connecting.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise Unavailable(f"another thread still connects to {self.path}: try again later")
+        try:
+            return self._session_again(deadline)
+        finally:
+            self._connecting.release()
+
+    def layout_number(self, layout: Layout, session: Session, deadline: float) -> int:
+        """The daemon's number for a layout on this session."""
+        number = session.layouts.get(layout)
+        if number is None:
+            sent = pb.LayoutMessage(
+                model=layout.model,
+                engine=layout.engine,
+                dtype=layout.dtype,
+                block_tokens=layout.block_tokens,
+                shards=layout.shards,
+                shard_bytes=layout.shard_bytes,
+            )
+            reply = session.transport.call(
+                pb.OPEN, pb.OpenRequest(layout=sent), pb.OpenReply, deadline
+            )
+            number = session.layouts[layout] = reply.layout
+        return number
+
+    def _session_again(self, deadline: float) -> Session:
+        session = self._session
+        if session is not None and session.transport.dead is None:
+            return session
+        if self._closed:
+            raise Unavailable("this client was closed: connect again")
+        if self._refused is not None and time.monotonic() < self._refused[0]:
+            raise Unavailable(str(self._refused[1]))
+        try:
+            self._session = self._attach(deadline)
+        except Unavailable as error:
+            self._refused = (time.monotonic() + REFUSED_S, error)
+            raise
+        self._refused = None
+        return self._session
+
+    def _attach(self, deadline: float) -> Session:
+        left = max(0.001, deadline - time.monotonic())
+        transport: Transport
+        if self.path.name == paths.FRONT_DOOR:
+            from kvstore.client.front import FrontDoorWire
+
+            transport = FrontDoorWire(self.path, left)
+        else:
+            transport = Wire(self.path, left)
+        try:
+            request = pb.AttachRequest(
+                protocol=types.PROTOCOL_VERSION, client="python", pid=os.getpid()
+            )
+            try:
+                attached = transport.call(pb.ATTACH, request, pb.AttachReply, deadline)
+            except SessionLost as error:
+                raise Unavailable(f"{error}: is it starting or stopping?") from None
+            arena = self._arena
+            if arena is None or arena.inode != attached.arena_inode:
+                arena = Arena(attached.arena_path, attached.arena_bytes, attached.arena_inode)
+                if self._arena is not None:
+                    self._arena.close()
+                self._arena = arena
+        except BaseException:
+            transport.close("attaching failed")
+            raise
+        return Session(transport, attached, arena)

@@ -1,0 +1,86 @@
+"""A connection through the front door: gRPC in place of the hatch, same calls. Needs grpcio."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from kvstore.errors import BY_NAME, DeadlineExceeded, InternalError, SessionLost, Unavailable
+from kvstore.protos import kvstore_pb2 as pb
+from kvstore.protos import kvstore_pb2_grpc as pb_grpc
+
+SESSION_ENTRY = "kvstore-session-bin"
+ERROR_ENTRY = "kvstore-error"
+
+
+class FrontDoorWire:
+    """The same interface as Wire; grpcio takes care of threads."""
+
+    def __init__(self, path: Path, timeout_s: float) -> None:
+        self.path = path
+        self.pid = os.getpid()
+        self.dead: str | None = None
+        self._channel: Any = grpc.insecure_channel(
+            f"unix:{path}", options=[("grpc.max_receive_message_length", 64 << 20)]
+        )
+        self._stub: Any = pb_grpc.KVStoreStub(self._channel)
+        self._stream: Any = None
+        self._metadata: tuple[tuple[str, bytes], ...] = ()
+
+    def close(self, why: str = "the client closed it") -> None:
+        """The end of the Attach stream is the end of the session."""
+        if self.dead is None:
+            self.dead = why
+        if self._stream is not None:
+            self._stream.cancel()
+        self._channel.close()
+
+    def call(self, verb: int, request: Any, reply: Any, deadline: float) -> Any:
+        """See Wire.call."""
+        if self.dead is not None:
+            raise SessionLost(f"the connection to {self.path} has ended: {self.dead}")
+        try:
+            if verb == pb.ATTACH:
+                return self._attach(request, deadline)
+            method = getattr(self._stub, pb.Verb.Name(verb).capitalize())
+            left = max(0.001, deadline - time.monotonic())
+            return method(request, timeout=left, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise self._translate(error) from None
+        except ValueError:
+            raise SessionLost(f"the connection to {self.path} has ended: {self.dead}") from None
+
+    def _attach(self, request: Any, deadline: float) -> Any:
+        try:
+            grpc.channel_ready_future(self._channel).result(max(0.001, deadline - time.monotonic()))
+        except grpc.FutureTimeoutError:
+            raise Unavailable(
+                f"no daemon at {self.path}: start kvstored, or give its socket"
+            ) from None
+        self._stream = self._stub.Attach(request)
+        first = next(self._stream)
+        self._metadata = ((SESSION_ENTRY, first.token),)
+        self._stream.add_callback(self._ended)
+        return first
+
+    def _ended(self) -> None:
+        if self.dead is None:
+            self.dead = "the daemon closed it"
+
+    def _translate(self, error: Any) -> Exception:
+        with contextlib.suppress(AttributeError, TypeError):
+            for entry, value in error.trailing_metadata() or ():
+                if entry == ERROR_ENTRY:
+                    return BY_NAME.get(value, InternalError)(error.details())
+        code = error.code()
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return DeadlineExceeded(f"the daemon at {self.path} took longer than the deadline")
+        if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+            self.dead = self.dead or str(error.details())
+            return SessionLost(f"the connection to {self.path} has ended: {self.dead}")
+        return InternalError(f"{code}: {error.details()}")

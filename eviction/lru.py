@@ -1,0 +1,44 @@
+"""Least recently used, leaf first: the block idle for longest goes, and of one request its last block.
+
+Not for scans larger than the tier (each block leaves just before it is asked for again) and not for
+mixes where few blocks return: there a policy that learns reuse keeps more.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
+
+class LRU:
+    """O(1) for each key touched and each victim named."""
+
+    def __init__(self) -> None:
+        self._order: OrderedDict[int, None] = OrderedDict()  # coldest first
+
+    def admit(self, keys: Sequence[int], now: float) -> None:
+        # Last block first: a block is then always colder than the one that it depends on.
+        order = self._order
+        for key in reversed(keys):
+            assert key not in order, f"key {key} admitted twice"
+            order[key] = None
+
+    def touch(self, keys: Sequence[int], now: float) -> None:
+        order = self._order
+        heat = order.move_to_end
+        for key in reversed(keys):
+            if key in order:
+                heat(key)
+
+    def forget(self, keys: Sequence[int]) -> None:
+        for key in keys:
+            self._order.pop(key, None)
+
+    def victims(self, now: float) -> Iterator[int]:
+        return iter(self._order)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __contains__(self, key: int) -> bool:
+        return key in self._order

@@ -1,0 +1,124 @@
+"""What is known of each block: its key, its places, its holds. One row per block, kept in columns.
+
+A million blocks must fit in a few hundred megabytes, so a block is a row number (its id) in typed
+arrays, not an object. Rows of forgotten blocks are used again. Deciding is the store's.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+from kvstore.types import SLOT_ALIGNMENT, Layout
+
+NOWHERE = 0xFFFFFFFF
+
+# What is true of a block, as bits of one byte.
+READY = 1  # its bytes in DRAM are complete: may be read
+STORED = 2  # its bytes on NVMe are complete
+WRITING = 4  # a client writes its DRAM slot
+LOADING = 8  # a move fills its DRAM slot from NVMe
+SPILLING = 16  # a move writes its NVMe slot from DRAM
+DOOMED = 32  # forgotten, but its slots are still in use: freed with the last hold
+FRESH = 64  # loaded for an acquire that has not been answered yet
+TWICE = 128  # asked for again since it was stored
+
+
+class LayoutEntry:
+    """A layout that some client opened, and the blocks stored under it."""
+
+    __slots__ = ("fingerprint", "index", "layout", "number", "slot_bytes")
+
+    def __init__(self, number: int, layout: Layout) -> None:
+        self.number = number
+        self.layout = layout
+        self.fingerprint = layout.fingerprint
+        self.slot_bytes = layout.slot_bytes
+        self.index: dict[bytes, int] = {}  # block hash -> id
+
+
+class Catalog:
+    """Rows of blocks. `keys[id]` is None for an unused row."""
+
+    def __init__(self) -> None:
+        self.layouts: list[LayoutEntry] = []
+        self.keys: list[bytes | None] = []
+        self.layout = array("H")
+        self.flags = bytearray()
+        self.dram = array("I")  # page of its DRAM slot
+        self.nvme = array("I")  # page of its NVMe slot
+        self.pins = array("I")  # read leases, and moves out of its DRAM slot
+        self.sums: list[bytes | None] = []  # checksums of its shards, once known
+        self._unused: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.keys) - len(self._unused)
+
+    def open(self, layout: Layout) -> LayoutEntry:
+        """The entry of a layout, made when it is new."""
+        for entry in self.layouts:
+            if entry.layout == layout:
+                return entry
+        entry = LayoutEntry(len(self.layouts), layout)
+        self.layouts.append(entry)
+        return entry
+
+    def entry(self, block: int) -> LayoutEntry:
+        """The layout entry of a block."""
+        return self.layouts[self.layout[block]]
+
+    def add(self, entry: LayoutEntry, key: bytes) -> int:
+        """A row for a key that has none."""
+        assert key not in entry.index
+        if self._unused:
+            block = self._unused.pop()
+            self.keys[block] = key
+            self.layout[block] = entry.number
+        else:
+            block = len(self.keys)
+            self.keys.append(key)
+            self.layout.append(entry.number)
+            self.flags.append(0)
+            self.dram.append(NOWHERE)
+            self.nvme.append(NOWHERE)
+            self.pins.append(0)
+            self.sums.append(None)
+        entry.index[key] = block
+        return block
+
+    def hide(self, block: int) -> None:
+        """No lookup finds the block any more; its row stays."""
+        key = self.keys[block]
+        assert key is not None
+        index = self.entry(block).index
+        if index.get(key) == block:
+            del index[key]
+
+    def drop(self, block: int) -> None:
+        """The row is unused from now on. The block must have no place and no hold left."""
+        assert self.dram[block] == NOWHERE and self.nvme[block] == NOWHERE and not self.pins[block]
+        self.hide(block)
+        self.keys[block] = None
+        self.flags[block] = 0
+        self.sums[block] = None
+        self._unused.append(block)
+
+    def load(
+        self,
+        entry: LayoutEntry,
+        keys: Sequence[bytes],
+        offsets: Sequence[int],
+        sums: Sequence[bytes],
+    ) -> range:
+        """Rows for many blocks stored on NVMe, at once: a restart's way in. Keys must be new."""
+        first, count = len(self.keys), len(keys)
+        rows = range(first, first + count)
+        self.keys.extend(keys)
+        self.layout.extend(array("H", [entry.number]) * count)
+        self.flags.extend(bytes([STORED]) * count)
+        self.dram.extend(array("I", [NOWHERE]) * count)
+        self.nvme.extend(array("I", (offset // SLOT_ALIGNMENT for offset in offsets)))
+        self.pins.extend(array("I", bytes(4 * count)))
+        self.sums.extend(sums)
+        entry.index.update(zip(keys, rows, strict=True))
+        return rows

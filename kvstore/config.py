@@ -1,0 +1,499 @@
+"""The configuration: one frozen tree from one TOML file and KVSTORE_* variables, checked.
+
+It creates nothing. Defaults stand beside their field with the reason. A field's `description`
+is the remedy that its errors name; a parser raises ValueError("what is wrong: what to write").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import grp
+import math
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
+
+from kvstore import paths
+from kvstore.errors import InvalidConfig
+from kvstore.types import GIB, KEYS_PER_CALL_MAX, KIB, MIB, SLOT_ALIGNMENT
+
+DRAM_BYTES_MIN = 8 * MIB
+SECONDS_MAX = 10 * 366 * 86_400  # ten years: longer is a mistake, and timers overflow
+_IEC = {f"{letter}iB": 1 << 10 * power for power, letter in enumerate("KMGTP", 1)}
+_SI = {f"{letter}B": 1000**power for power, letter in enumerate("KMGTP", 1)}
+_BYTES = {name.lower(): Fraction(n) for name, n in (_IEC | _SI | {"B": 1, "": 1}).items()}
+_SECONDS = {"s": Fraction(1), "min": Fraction(60), "h": Fraction(3600), "d": Fraction(86_400)}
+_DURATION = _SECONDS | {"": Fraction(1), "ms": Fraction(1, 1000)}
+_LISTEN = r"^$|^([\w.-]+|\[[\da-fA-F:.]+\]):\d{1,5}$"
+_NUMBER = re.compile(r"(-?[0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([A-Za-z]*)")
+
+
+def _number(value: object, units: Mapping[str, Fraction], wrong: str) -> Fraction:
+    match = _NUMBER.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match and match[2].lower() in units:
+        return Fraction(match[1]) * units[match[2].lower()]
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return Fraction(value)
+    raise ValueError(wrong)
+
+
+def parse_size(value: object) -> int:
+    """Bytes from "64 GiB", "1.5 TB", "0" or an integer."""
+    hint = 'write it like "64 GiB", "500 GB" or a whole number of bytes'
+    count = _number(value, _BYTES, f"is not a size: {hint}")
+    if count.denominator != 1 or not 0 <= count < 1 << 63:
+        raise ValueError(f"is not a whole number of bytes from 0 to 8 EiB: {hint}")
+    return int(count)
+
+
+def format_size(count: int) -> str:
+    """The shortest exact text that `parse_size` reads back as `count`."""
+    for name, unit in reversed(_IEC.items()):
+        if count and count % unit == 0:
+            return f"{count // unit} {name}"
+    return f"{count} B" if count else "0"
+
+
+def parse_duration(value: object) -> float:
+    """Seconds from "10 min", "250 ms" or a number of seconds."""
+    hint = 'write it like "10 min", "1 s", "250 ms", "2 h", "1 d" or a number of seconds'
+    seconds = _number(value, _DURATION, f"is not a duration: {hint}")
+    if not 0 <= seconds <= SECONDS_MAX:
+        raise ValueError(f"is not between 0 and ten years: {hint}")
+    return float(seconds)
+
+
+def parse_rate(value: object) -> float | None:
+    """Bytes per second from "2 TiB/day"; None for "unlimited"."""
+    text = value.strip().lower() if isinstance(value, str) else ""
+    if text == "unlimited":
+        return None
+    amount, _, unit = (part.strip() for part in text.partition("/"))
+    unit = {"day": "d", "hour": "h", "sec": "s"}.get(unit, unit)
+    wrong = 'is not a rate: write it like "2 TiB/day", "500 MB/s" or "unlimited"'
+    if unit not in _SECONDS:
+        raise ValueError(wrong)
+    rate = _number(amount, _BYTES, wrong) / _SECONDS[unit]
+    if not 0 < rate < 1 << 63:
+        raise ValueError('is no rate of writing: set nvme.size = "0" to have no NVMe tier')
+    return float(rate)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quota:
+    """A tenant's part of a tier: a share of it, or a number of bytes."""
+
+    text: str
+    share: Fraction | None
+    size: int = 0
+
+    @classmethod
+    def parse(cls, value: object) -> Quota | None:
+        """From "50%" or a size; None (not set) stays None."""
+        if value is None:
+            return None
+        if isinstance(value, str) and value.strip().endswith("%"):
+            wrong = 'is not a percentage of 0 to 100: write it like "50%"'
+            share = _number(value.strip()[:-1], {"": Fraction(1, 100)}, wrong)
+            if not 0 <= share <= 1:
+                raise ValueError(wrong)
+            return cls(value.strip(), share)
+        _number(value, _BYTES, 'is not a quota: write it like "50%" or "64 GiB"')
+        return cls(format_size(parse_size(value)), None, parse_size(value))
+
+    def of(self, total: int) -> int:
+        """Bytes of a tier that has `total`."""
+        return self.size if self.share is None else int(self.share * total)
+
+
+def room(path: Path) -> tuple[int, int]:
+    """Bytes that the file system at `path` has in all, and free (our files there count as free).
+
+    Looks at the nearest folder that exists. (0, 0) when the system does not say, as hugetlbfs does.
+    """
+    try:
+        stat = os.statvfs(next(one for one in (path, *path.parents) if os.path.isdir(one)))
+        files = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+        held = sum(one.lstat().st_blocks * 512 for one in files)
+    except OSError:
+        return 0, 0
+    return stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize + held
+
+
+def _size_or_auto(value: object, info: pydantic.ValidationInfo) -> int:
+    """A size; "auto" is 1 GiB of DRAM or 4 GiB of NVMe, at most a quarter of what is free there.
+
+    A power of two, so that a restart finds the same size although the free space moved a little.
+    """
+    if value != "auto":
+        return parse_size(value)
+    where = info.data.get("paths", [info.data.get("path", Path("/"))])
+    most, least = (4 * GIB, 128 * MIB) if "paths" in info.data else (GIB, DRAM_BYTES_MIN)
+    quarter = min([most, *(room(path)[1] // 4 for path in where)]) if where else 0
+    return 1 << quarter.bit_length() - 1 if quarter >= least else 0
+
+
+def _slab_size(value: object) -> int | None:
+    size = 0 if value is None or value == "auto" else parse_size(value)
+    if size & (size - 1) or 0 < size < SLOT_ALIGNMENT or value in (0, "0"):
+        raise ValueError('is not a power of two of 4 KiB or more: write "64 MiB" or "auto"')
+    return size or None
+
+
+def _folder(value: object) -> Path:
+    text = os.path.expanduser(str(value)) if isinstance(value, str | Path) else ""
+    if not os.path.isabs(text) or "\0" in text:
+        raise ValueError("is not an absolute path: write it from the root, like /var/lib/kvstore")
+    return Path(os.path.normpath(text))
+
+
+def _folders(value: object) -> tuple[Path, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError('is not a list: write it like ["/mnt/nvme0", "/mnt/nvme1"]')
+    found = tuple(map(_folder, value))
+    if len(set(found)) != len(found):
+        raise ValueError("names a folder twice: name each one once")
+    return found
+
+
+def _whole(default: int, most: int) -> Any:
+    return Field(default, ge=1, le=most, description=f"a whole number of 1 to {most}")
+
+
+Seconds = Annotated[float, BeforeValidator(parse_duration)]
+Folder = Annotated[Path, BeforeValidator(_folder)]
+AutoSize = Annotated[int, BeforeValidator(_size_or_auto)]
+QuotaField = Annotated[Quota | None, PlainValidator(Quota.parse)]
+Origins = dict[str, str]  # dotted key -> the variable that set it
+Trouble = tuple[str, str, str]  # dotted key, value, "what is wrong: what to do"
+
+
+class Section(pydantic.BaseModel):
+    """A part of the tree: frozen, of exact types, without unknown keys."""
+
+    model_config = {"frozen": True, "extra": "forbid", "strict": True, "validate_default": True}
+
+
+class Daemon(Section):
+    """The process itself."""
+
+    run_dir: Folder = Field(default_factory=paths.run_dir)  # where clients look by themselves
+    log_level: Literal["debug", "info", "warning", "error"] = "info"  # a line per event of weight
+    log_format: Literal["auto", "json", "console"] = "auto"  # console on a terminal, else JSON
+    drain_timeout: Seconds = 30.0  # well below the 90 s after which systemd kills
+
+
+class Dram(Section):
+    """The arena in host memory."""
+
+    path: Folder = Field(default_factory=paths.shm_dir)  # tmpfs: outlives the daemon
+    size: AutoSize = "auto"  # type: ignore[assignment]  # modest when nobody says how much
+    hugepages: bool = Field(default=False, description="true or false")  # root sets up the pool
+    preallocate: bool = Field(default=True, description="true or false")  # lacks show at the start
+    slab_size: Annotated[int | None, PlainValidator(_slab_size)] = None  # "auto": see slab_bytes
+
+
+class Nvme(Section):
+    """Files on local disks; every path takes an equal part of the size."""
+
+    paths: Annotated[tuple[Path, ...], BeforeValidator(_folders)] = Field(
+        default_factory=lambda: (paths.state_dir(),)
+    )
+    size: AutoSize = "auto"  # type: ignore[assignment]  # modest when nobody says how much
+    engine: Literal["auto", "posix"] = Field(
+        default="auto", description='"auto" or "posix"; "gds" is not in this build'
+    )
+    write_policy: Literal["through", "on-evict", "second-touch"] = "through"  # survives a reboot
+    write_budget: Annotated[float | None, PlainValidator(parse_rate)] = "unlimited"  # type: ignore[assignment]
+    sync_interval: Seconds = Field(default=1.0, ge=0.001, le=3600, description='"1 ms" to "1 h"')
+    threads: int = _whole(8, 256)  # enough in flight for one device
+    queue_depth: int = _whole(32, 65_536)  # moves waiting, per tenant; more are refused
+
+
+class Hbm(Section):
+    """The arena in one GPU's memory: it takes memory from engines, so nobody gets it unasked."""
+
+    device: int = Field(ge=0, description="the CUDA number of the device, from 0")
+    size: Annotated[int, BeforeValidator(parse_size)] = 0
+
+
+class Eviction(Section):
+    """What leaves when room is short."""
+
+    policy: Literal["lru", "relevance"] = "relevance"
+    idle_after: Seconds = 600.0  # a conversation's pause is shorter
+
+    @property
+    def effective_policy(self) -> str:
+        """The policy that runs: "relevance" is not in this build yet."""
+        return "lru"
+
+
+class Metrics(Section):
+    """The Prometheus text page."""
+
+    listen: str = Field(  # local, because the page has no login
+        default="127.0.0.1:9420", pattern=_LISTEN, description='"127.0.0.1:9420", or "" for off'
+    )
+
+    @property
+    def address(self) -> tuple[str, int] | None:
+        """Host and port (0: the system picks one), None when off."""
+        host, _, port = self.listen.rpartition(":")
+        return (host.strip("[]"), int(port)) if self.listen else None
+
+
+class Limits(Section):
+    """Bounds of what clients may ask: far above honest use, far below what hurts."""
+
+    keys_per_call: int = _whole(KEYS_PER_CALL_MAX, KEYS_PER_CALL_MAX)
+    leases_per_session: int = _whole(4096, 1 << 20)
+    sessions: int = _whole(1024, 65_536)
+    layouts: int = _whole(256, 65_536)
+
+
+class Tenant(Section):
+    """Who may use a part of the tiers. A quota not set is an equal part of what the others left."""
+
+    group: str = Field(default="", description="a group's name, or \"\" for the daemon's own")
+    dram_quota: QuotaField = None
+    nvme_quota: QuotaField = None
+
+
+class Config(Section):
+    """The whole tree. `load` and `parse` give one that was checked against this host."""
+
+    daemon: Daemon = Field(default_factory=Daemon)
+    dram: Dram = Field(default_factory=Dram)
+    nvme: Nvme = Field(default_factory=Nvme)
+    hbm: Annotated[tuple[Hbm, ...], Field(strict=False, description="[[hbm]] tables")] = ()
+    eviction: Eviction = Field(default_factory=Eviction)
+    metrics: Metrics = Field(default_factory=Metrics)
+    limits: Limits = Field(default_factory=Limits)
+    tenants: Annotated[
+        dict[str, Tenant], AfterValidator(lambda given: {"default": Tenant()} | given)
+    ] = Field(default_factory=dict)
+    _source: str = pydantic.PrivateAttr(default="defaults")
+
+    @property
+    def slab_bytes(self) -> int:
+        """Bytes of a slab: as set, or the power of two that cuts the arena into 8 to 16."""
+        auto = 1 << max(0, (self.dram.size // 8).bit_length() - 1)
+        return self.dram.slab_size or min(64 * MIB, max(64 * KIB, auto))
+
+    def tenant_dram_bytes(self, name: str) -> int:
+        """The tenant's quota of DRAM in whole slabs."""
+        return self._quota_bytes("dram", self.dram.size)[name]
+
+    def tenant_nvme_bytes(self, name: str) -> int:
+        """The tenant's quota of NVMe in whole slabs."""
+        return self._quota_bytes("nvme", self.nvme.size)[name]
+
+    def _quota_bytes(self, tier: str, total: int) -> dict[str, int]:
+        quotas = self._quotas(tier)
+        parts = {name: quota.of(total) for name, quota in quotas.items() if quota}
+        rest = max(0, total - sum(parts.values())) // max(1, len(quotas) - len(parts))
+        return {name: parts.get(name, rest) // self.slab_bytes * self.slab_bytes for name in quotas}
+
+    def _quotas(self, tier: str) -> dict[str, Quota | None]:
+        return {name: getattr(one, f"{tier}_quota") for name, one in self.tenants.items()}
+
+    def _places(self) -> Iterator[tuple[str, int, int, Path]]:
+        """Of every folder: the key of its tier's size, that size, the folder's part, the folder."""
+        yield "dram.size", self.dram.size, self.dram.size, self.dram.path
+        for path in self.nvme.paths:
+            yield "nvme.size", self.nvme.size, self.nvme.size // len(self.nvme.paths), path
+
+    def warnings(self) -> list[str]:
+        """What runs, but perhaps not as meant; one line each. Looks at the disks again."""
+        found = [
+            f"{key} = {format_size(size)!r}: {path} has only {room(path)[1] // MIB} MiB free: "
+            "make room there, or choose a smaller size"
+            for key, size, part, path in self._places()
+            if room(path)[0] and room(path)[1] < part
+        ]
+        if self.eviction.policy == "relevance" and "policy" in self.eviction.model_fields_set:
+            found.append("eviction.policy = 'relevance': not in this build yet: lru runs instead")
+        return found
+
+    def describe(self) -> str:
+        """What would run, for people: every key with its value, then what each tenant gets."""
+        lines = [f"configuration: {self._source}"]
+        for key, value in _flat(self).items():
+            text = format_size(value) if key.endswith(".size") else getattr(value, "text", value)
+            lines.append(f"  {key} = {_UNSET.get(key, 'the rest') if text is None else text}")
+        policy, slab = self.eviction.effective_policy, format_size(self.slab_bytes)
+        lines.append(f"eviction by {policy}, slabs of {slab}")
+        return "\n".join(lines) + "".join(
+            f"\ntenant {name}: dram {format_size(self.tenant_dram_bytes(name))}, nvme "
+            f"{format_size(self.tenant_nvme_bytes(name))}, sockets {self.daemon.run_dir / name}"
+            for name in self.tenants
+        )
+
+
+_SECTIONS: dict[str, type[Section]] = {
+    one.__name__.lower(): one for one in (Daemon, Dram, Nvme, Hbm, Eviction, Metrics, Limits)
+} | {"tenants": Tenant}
+_UNSET = {"dram.slab_size": "auto", "nvme.write_budget": "unlimited"}  # what None means
+_RELOADABLE = r"daemon\.log_level|nvme\.write_(policy|budget)|eviction\.idle_after|limits\..*"
+
+
+def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
+    """The configuration of a file (None: of no file) under the overrides of the environment."""
+    if path is None:
+        return parse({}, environ, "defaults")
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidConfig(f"{path}: {error}: name a TOML file that can be read") from None
+    return parse(tree, environ, str(path))
+
+
+def parse(tree: dict[str, Any], environ: Mapping[str, str], source: str) -> Config:
+    """The same from a tree of plain values, which it changes. InvalidConfig names every problem."""
+    origins, found = _overlay(tree, environ)
+    try:
+        config = Config.model_validate(tree)
+        config._source = " + ".join((source, *origins.values()))
+        found += _impossible(config)
+    except pydantic.ValidationError as failed:
+        found += [_explain(dict(error)) for error in failed.errors(include_url=False)]
+    if found:
+        lines = (f"{origins.get(one[0], source)}: {one[0]} = {one[1]}: {one[2]}" for one in found)
+        raise InvalidConfig(" ".join("; ".join(lines).split()))
+    return config
+
+
+def _overlay(tree: dict[str, Any], environ: Mapping[str, str]) -> tuple[Origins, list[Trouble]]:
+    """Puts the variables in; returns who set each key, and the unknown. TEAM_A is also team-a."""
+    origins: Origins = {}
+    found: list[Trouble] = []
+    for variable, text in sorted(environ.items()):
+        prefix, section, key = [*variable.lower().split("_", 2), "", ""][:3]
+        if prefix != "kvstore" or section not in _SECTIONS or not key:
+            continue
+        fields = _SECTIONS[section].model_fields if section != "hbm" else {}
+        place = tree.setdefault(section, {}) if fields else {}
+        match = re.fullmatch(f"(.+)_({'|'.join(fields)})", key) if section == "tenants" else None
+        if match and isinstance(place, dict):
+            name, key = match.groups()
+            name = next((one for one in place if one.replace("-", "_") == name), name)
+            section, place = f"tenants.{name}", place.setdefault(name, {})
+        origins[f"{section}.{key}"] = variable
+        if key not in fields:
+            wrong = f"is unknown: {_nearest(key, fields)}"
+            found.append((f"{section}.{key}", repr(text)[:80], wrong))
+        elif isinstance(place, dict):  # if not, the tree's own error says so
+            place[key] = _typed(text, fields[key].annotation)
+    return origins, found
+
+
+def _typed(text: str, kind: object) -> object:
+    """The text of a variable as TOML would have typed it, unchanged where it does not fit."""
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.strip().lower(), text)
+    if kind is int and re.fullmatch("-?[0-9]{1,30}", text.strip()):
+        return int(text)
+    if kind == tuple[Path, ...]:
+        return [one.strip() for one in text.split(",") if one.strip()]
+    return text
+
+
+def _explain(error: dict[str, Any]) -> Trouble:
+    """A failure of the model in our words."""
+    where = [str(one) for one in error["loc"]]
+    model = _SECTIONS[where[0]] if where[0] in _SECTIONS and len(where) > 1 else Config
+    if error["type"] == "extra_forbidden":
+        wrong = f"is unknown: {_nearest(where[-1], model.model_fields)}"
+    elif "error" in error.get("ctx", {}):
+        wrong = str(error["ctx"]["error"])
+    else:
+        field = model.model_fields.get(where[-1])
+        remedy = "one of these" if error["type"] == "literal_error" else "a table, [like.this]"
+        wrong = f"{error['msg']}: write {(field and field.description) or remedy}"
+    return ".".join(where), repr(error["input"])[:80], wrong
+
+
+def _nearest(name: str, known: Mapping[str, object]) -> str:
+    close = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {close[0]}?" if close else f"known are {', '.join(known) or 'none here'}"
+
+
+def _impossible(config: Config) -> Iterator[Trouble]:
+    """What each value alone does not show: sizes against the host and each other, names."""
+    dram, nvme, slab = config.dram, config.nvme, config.slab_bytes
+    size = format_size(dram.size)
+    if dram.size < DRAM_BYTES_MIN:
+        yield "dram.size", size, f"is too small: give at least {format_size(DRAM_BYTES_MIN)}"
+    elif 2 * slab > dram.size:
+        yield "dram.slab_size", format_size(slab), f"two are more than dram.size {size}: give less"
+    if nvme.size and not nvme.paths:
+        yield "nvme.paths", "[]", 'no folder for the NVMe tier: name one, or set nvme.size = "0"'
+    elif 0 < nvme.size < 2 * slab:
+        wrong = f"is under two slabs of {format_size(slab)}: give more, or 0"
+        yield "nvme.size", format_size(nvme.size), wrong
+    for key, whole, part, path in config._places():
+        if 0 < room(path)[0] < part:
+            wrong = f"{path} can hold {room(path)[0] // MIB} MiB in all: give less, or enlarge it"
+            yield key, format_size(whole), wrong
+    if any(one.size for one in config.hbm):
+        yield "hbm", "[[hbm]]", "no HBM tier is in this build yet: remove it"
+    if config.metrics.address and config.metrics.address[1] > 65_535:
+        yield "metrics.listen", config.metrics.listen, "no such port: give one of 1 to 65535"
+    for name, tenant in config.tenants.items():
+        if not re.fullmatch("[a-z0-9][a-z0-9_-]{0,31}", name):
+            wrong = "is no tenant's name: use a letter or digit, then at most 31 of a-z, 0-9, _, -"
+            yield f"tenants.{name}", repr(name), wrong
+        try:
+            paths.check_socket_path(config.daemon.run_dir / name / paths.HATCH)  # the longer name
+        except InvalidConfig as error:
+            yield "daemon.run_dir", f"'{config.daemon.run_dir}'", str(error)
+        try:
+            if tenant.group:
+                grp.getgrnam(tenant.group)
+        except (KeyError, ValueError):
+            wrong = "no such group on this host: create it with groupadd, or name another"
+            yield f"tenants.{name}.group", repr(tenant.group), wrong
+    yield from _impossible_quotas(config, "dram", dram.size)
+    yield from _impossible_quotas(config, "nvme", nvme.size)
+
+
+def _impossible_quotas(config: Config, tier: str, total: int) -> Iterator[Trouble]:
+    quotas = config._quotas(tier)
+    given = {name: quota for name, quota in quotas.items() if quota}
+    if sum(quota.of(total) for quota in given.values()) > total:
+        keys = " + ".join(f"tenants.{name}.{tier}_quota" for name in given)
+        values = " + ".join(quota.text for quota in given.values())
+        yield keys, values, f"together more than 100 % of {format_size(total)}: lower one"
+        return
+    for name, count in config._quota_bytes(tier, total).items() if total else ():
+        quota, slab = quotas[name], format_size(config.slab_bytes)
+        # A tenant may do without NVMe, but only when its quota says so.
+        if not count and not (tier == "nvme" and quota and not quota.of(total)):
+            wrong = f"is less than one slab of {slab}: raise it, or lower the other tenants' quotas"
+            yield f"tenants.{name}.{tier}_quota", quota.text if quota else "not set", wrong
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    parts = {name: getattr(config, name) for name in _SECTIONS if name not in ("hbm", "tenants")}
+    parts |= {f"tenants.{name}": one for name, one in config.tenants.items()}
+    return {f"{name}.{key}": value for name, part in parts.items() for key, value in part}
+
+
+def reloadable_changes(old: Config, new: Config) -> tuple[list[str], list[str]]:
+    """The keys that differ: those that a running daemon can take over, and those it cannot."""
+    before, after = _flat(old), _flat(new)
+    for tier in ("dram", "nvme"):  # a size that nobody sets follows the free space
+        if all("size" not in getattr(one, tier).model_fields_set for one in (old, new)):
+            after[f"{tier}.size"] = before[f"{tier}.size"]
+    differ = [key for key in before | after if before.get(key) != after.get(key)]
+    changed = [key for key in differ if re.fullmatch(_RELOADABLE, key)]
+    return changed, [key for key in differ if key not in changed]

@@ -1,0 +1,488 @@
+"""This host's readiness for a configuration: small checks, each one finding and what to do.
+
+It looks and tries, and leaves nothing behind. Printing is left to the command line.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import errno
+import importlib.util
+import mmap
+import os
+import platform
+import re
+import socket
+import struct
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from kvstore import paths
+from kvstore.config import Config, format_size, room
+from kvstore.errors import InvalidConfig
+from kvstore.types import KIB, MIB, SLOT_ALIGNMENT
+
+Status = Literal["ok", "warn", "fail"]
+PYTHON_MIN = (3, 11)
+KERNEL_MIN = (5, 14)  # MADV_POPULATE_WRITE
+SHMEM_ENABLED = "kernel/mm/transparent_hugepage/shmem_enabled"
+CONNECT_TIMEOUT_S = 0.5
+UNLIMITED = 1 << 63
+FILES_PER_SESSION = 2  # the connection, and a handle on its process
+FILES_OF_OUR_OWN = 256  # doors, arenas, disks, index, logs, with room to spare
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What one check found. `remedy` is empty when there is nothing to do."""
+
+    name: str
+    status: Status
+    detail: str
+    remedy: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Host:
+    """Where the kernel shows itself; tests put trees of their own here."""
+
+    proc: Path = Path("/proc")
+    sys: Path = Path("/sys")
+    dev: Path = Path("/dev")
+
+
+Check = Callable[[Config, Host], Finding]
+
+
+def examine(config: Config, host: Host | None = None) -> list[Finding]:
+    """Every check, in the order of reading. Raises nothing: a check that breaks is a finding."""
+    host = host or Host()
+    return [_guarded(name, check, config, host) for name, check in _checks(config)]
+
+
+def as_json(findings: list[Finding]) -> dict[str, Any]:
+    """The answer of `kvstore doctor --json`; "ok" says that no check failed."""
+    return {
+        "version": 1,
+        "ok": all(one.status != "fail" for one in findings),
+        "checks": [dataclasses.asdict(one) for one in findings],
+    }
+
+
+def _checks(config: Config) -> Iterator[tuple[str, Check]]:
+    yield "python", check_python
+    yield "kernel", check_kernel
+    yield "memlock", check_memlock
+    yield "open_files", check_open_files
+    yield "memory", check_memory
+    yield "tmpfs", check_tmpfs
+    yield "shmem_hugepages", check_shmem_hugepages
+    yield "hugetlb", check_hugetlb
+    for path in config.nvme.paths if config.nvme.size else ():
+        yield f"o_direct {path}", partial(check_o_direct, path=path)
+        yield f"nvme_space {path}", partial(check_nvme_space, path=path)
+    yield "engine_posix", check_engine_posix
+    yield "engine_gds", check_engine_gds
+    yield "gpu", check_gpu
+    yield "numa", check_numa
+    yield "run_dir", check_run_dir
+    yield "sockets", check_sockets
+    for tenant in config.tenants:
+        yield f"daemon {tenant}", partial(check_daemon, tenant=tenant)
+
+
+def _guarded(name: str, check: Check, config: Config, host: Host) -> Finding:
+    try:
+        return check(config, host)
+    except Exception as error:  # whatever it is, the other checks must still be heard
+        return Finding(
+            name,
+            "fail",
+            f"the check {name} broke: {type(error).__name__}: {error}",
+            "report this as a defect of kvstore; the other checks stand",
+        )
+
+
+# --- process and kernel --------------------------------------------------------------------------
+
+
+def check_python(config: Config, host: Host) -> Finding:
+    """The interpreter and the platform."""
+    detail = (
+        f"{platform.python_implementation()} {platform.python_version()} on {platform.system()} "
+    )
+    detail += platform.machine()
+    if sys.version_info[:2] < PYTHON_MIN:
+        return Finding("python", "fail", detail, "install Python 3.11 or newer")
+    if sys.platform != "linux" or sys.maxsize < 1 << 32:
+        return Finding("python", "fail", detail, "run the daemon on 64-bit Linux")
+    return Finding("python", "ok", detail)
+
+
+def check_kernel(config: Config, host: Host) -> Finding:
+    """A kernel that can fill the arena in parallel."""
+    release = _text(host.proc / "sys/kernel/osrelease")
+    match = re.match(r"(\d+)\.(\d+)", release)
+    detail = f"Linux {release or 'of unknown release'}"
+    if match and (int(match[1]), int(match[2])) >= KERNEL_MIN:
+        return Finding("kernel", "ok", detail)
+    return Finding(
+        "kernel",
+        "warn",
+        f"{detail}: MADV_POPULATE_WRITE needs 5.14",
+        "use Linux 5.14 or newer; until then the first use of each page of the arena is slower",
+    )
+
+
+def check_memlock(config: Config, host: Host) -> Finding:
+    """Whether a process may lock the arena in memory."""
+    soft = _limit(host, "Max locked memory")
+    need = config.dram.size
+    if soft >= need:
+        return Finding("memlock", "ok", f"{_limit_text(soft, 'bytes')}, the arena is {_mib(need)}")
+    return Finding(
+        "memlock",
+        "warn",
+        f"{_mib(soft)}, the arena is {_mib(need)}: locking or registering all of it may be refused",
+        "set LimitMEMLOCK=infinity in the unit, or memlock in /etc/security/limits.conf, for the "
+        "daemon and for engines",
+    )
+
+
+def check_open_files(config: Config, host: Host) -> Finding:
+    """Whether all sessions of all tenants have descriptors."""
+    soft = _limit(host, "Max open files")
+    need = FILES_OF_OUR_OWN + FILES_PER_SESSION * config.limits.sessions * len(config.tenants)
+    detail = f"{_limit_text(soft, 'files')}, {need} are needed for every session that may open"
+    if soft >= need:
+        return Finding("open_files", "ok", detail)
+    return Finding(
+        "open_files",
+        "warn",
+        detail,
+        f"set LimitNOFILE={need} in the unit, or lower limits.sessions",
+    )
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def check_memory(config: Config, host: Host) -> Finding:
+    """The arena against the memory of the host."""
+    match = re.search(r"^MemTotal:\s*(\d+) kB", _text(host.proc / "meminfo"), re.MULTILINE)
+    if match is None:
+        return Finding("memory", "warn", "the kernel does not say how much there is", "mount /proc")
+    total = int(match[1]) * KIB
+    detail = f"dram.size {_mib(config.dram.size)} of {_mib(total)} memory"
+    if config.dram.size >= total:
+        return Finding("memory", "fail", detail, "choose a smaller dram.size")
+    if config.dram.size > total * 8 // 10:
+        return Finding("memory", "warn", detail, "leave engines a fifth: lower dram.size")
+    return Finding("memory", "ok", detail)
+
+
+def check_tmpfs(config: Config, host: Host) -> Finding:
+    """The file system of the arena: of memory, large enough, and ours to write."""
+    path, need = config.dram.path, config.dram.size
+    kind, mount, _ = _mount(host, path)
+    total, free = room(path)
+    detail = f"{kind} at {mount}: {_mib(free)} of {_mib(total)} free for dram.size {_mib(need)}"
+    if not os.access(_nearest(path), os.W_OK | os.X_OK):
+        remedy = f"give the daemon's user access to {_nearest(path)}, or set another dram.path"
+        return Finding("tmpfs", "fail", f"{detail}; {path} cannot be written", remedy)
+    if 0 < total < need or (total and free < need):
+        remedy = f"mount -o remount,size={need // MIB + 64}M {mount}, or lower dram.size"
+        if total >= need:
+            remedy = f"remove files from {mount}, or lower dram.size"
+        return Finding("tmpfs", "fail", detail, remedy)
+    if kind not in ("tmpfs", "hugetlbfs"):
+        remedy = "set dram.path to a folder in /dev/shm: on a disk every write costs an I/O"
+        return Finding("tmpfs", "warn", detail, remedy)
+    return Finding("tmpfs", "ok", detail)
+
+
+def check_shmem_hugepages(config: Config, host: Host) -> Finding:
+    """Transparent huge pages for the arena.
+
+    The mount's option huge= decides; shmem_enabled is only its master switch (deny, force).
+    """
+    name = "shmem_hugepages"
+    kind, mount, options = _mount(host, config.dram.path)
+    if config.dram.hugepages or kind != "tmpfs":
+        return Finding(name, "ok", f"not used: the arena is on {kind}")
+    match = re.search(r"\[(\w+)\]", _text(host.sys / SHMEM_ENABLED))
+    switch = match[1] if match else "unknown"
+    huge = next((one[5:] for one in options if one.startswith("huge=")), "never")
+    detail = f"{mount} is mounted with huge={huge}, shmem_enabled is {switch}"
+    if switch == "force" or (huge != "never" and switch not in ("deny", "unknown")):
+        return Finding(name, "ok", detail)
+    remedy = f"mount -o remount,huge=within_size {mount}: larger pages copy faster"
+    if switch == "deny":
+        remedy = (
+            f"echo never > {host.sys / SHMEM_ENABLED} ('deny' forbids every mount), then {remedy}"
+        )
+    if switch == "unknown":
+        remedy = "use a kernel with CONFIG_TRANSPARENT_HUGEPAGE: larger pages copy faster"
+    return Finding(name, "warn", detail, remedy)
+
+
+def check_hugetlb(config: Config, host: Host) -> Finding:
+    """The pool of huge pages, when the arena shall come from it."""
+    if not config.dram.hugepages:
+        return Finding("hugetlb", "ok", "not used: dram.hugepages is off")
+    kind, mount, _ = _mount(host, config.dram.path)
+    if kind != "hugetlbfs":
+        remedy = "mount -t hugetlbfs none FOLDER and set dram.path below it"
+        return Finding("hugetlb", "fail", f"{config.dram.path} is on {kind} at {mount}", remedy)
+    pools = {
+        int(pool.name.removeprefix("hugepages-").removesuffix("kB")) * KIB: _number(pool, "free_")
+        for pool in (host.sys / "kernel/mm/hugepages").glob("hugepages-*kB")
+    }
+    page, pages = max(pools.items(), key=lambda pool: pool[0] * pool[1], default=(2 * MIB, 0))
+    need, held = config.dram.size, _held(config.dram.path)
+    detail = f"{pages} pages of {format_size(page)} free, {_mib(held)} in use, for {_mib(need)}"
+    if page * pages + held >= need:
+        return Finding("hugetlb", "ok", detail)
+    count = -(-need // page)
+    pool = host.sys / f"kernel/mm/hugepages/hugepages-{page // KIB}kB/nr_hugepages"
+    return Finding("hugetlb", "fail", detail, f"echo {count} > {pool} as root, best at boot")
+
+
+def check_numa(config: Config, host: Host) -> Finding:
+    """Memory nodes, because a remote arena is slower."""
+    nodes = list((host.sys / "devices/system/node").glob("node[0-9]*"))
+    if len(nodes) < 2:
+        return Finding("numa", "ok", "one memory node")
+    remedy = "set NUMAPolicy=interleave in the unit, or bind it to the node of its GPUs and disks"
+    return Finding("numa", "warn", f"{len(nodes)} memory nodes", remedy)
+
+
+# --- disks and engines ---------------------------------------------------------------------------
+
+
+def check_o_direct(config: Config, host: Host, path: Path) -> Finding:
+    """O_DIRECT, by writing 4 KiB and reading them back in a file that nobody sees."""
+    name, folder = f"o_direct {path}", _nearest(path)
+    with mmap.mmap(-1, 2 * SLOT_ALIGNMENT) as memory:  # a mapping is aligned as O_DIRECT wants
+        memory[:SLOT_ALIGNMENT] = os.urandom(SLOT_ALIGNMENT)
+        try:
+            file = _scratch(folder)
+        except OSError as error:
+            detail = f"{folder} cannot be written: {error.strerror}"
+            return Finding(name, "fail", detail, "give the daemon's user access to nvme.paths")
+        try:
+            return _try_direct(name, folder, file, memory)
+        finally:
+            os.close(file)
+
+
+def _try_direct(name: str, folder: Path, file: int, memory: mmap.mmap) -> Finding:
+    remedy = "use a local ext4 or xfs; without O_DIRECT blocks pass through the page cache"
+    with memoryview(memory) as view, view[:SLOT_ALIGNMENT] as sent, view[SLOT_ALIGNMENT:] as got:
+        try:
+            descriptor = os.open(f"/proc/self/fd/{file}", os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+        except OSError as error:
+            detail = f"{folder} refuses O_DIRECT: {error.strerror}"
+            return Finding(name, "warn", detail, remedy)
+        try:
+            moved = os.pwritev(descriptor, [sent], 0), os.preadv(descriptor, [got], 0)
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                return Finding(name, "warn", f"{folder} refuses direct I/O of 4 KiB", remedy)
+            detail = f"{folder}: direct I/O failed: {error.strerror}"
+            return Finding(name, "fail", detail, "free some space, or look into the kernel's log")
+        finally:
+            os.close(descriptor)
+        if moved != (SLOT_ALIGNMENT, SLOT_ALIGNMENT) or sent != got:
+            detail = f"{folder} gave back other bytes than were written"
+            return Finding(name, "fail", detail, "do not use this device")
+    return Finding(name, "ok", f"4 KiB written and read back directly in {folder}")
+
+
+def _scratch(folder: Path) -> int:
+    """An open file without a name in the folder."""
+    flags = os.O_RDWR | os.O_CLOEXEC
+    try:
+        return os.open(folder, flags | os.O_TMPFILE, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT):
+            raise
+    path = folder / f".kvstore-doctor-{os.getpid()}"
+    file = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+    os.unlink(path)
+    return file
+
+
+def check_nvme_space(config: Config, host: Host, path: Path) -> Finding:
+    """Room for this path's part of the tier; files that are there already count as room."""
+    name, need = f"nvme_space {path}", config.nvme.size // len(config.nvme.paths)
+    total, free = room(path)
+    detail = f"{_mib(free)} of {_mib(total)} free for {_mib(need)}"
+    if not total:
+        return Finding(name, "warn", "the file system does not say what it has", "check it by hand")
+    if free < need:
+        return Finding(name, "fail", detail, f"free some of {_nearest(path)}, or lower nvme.size")
+    return Finding(name, "ok", detail)
+
+
+def check_engine_posix(config: Config, host: Host) -> Finding:
+    """The engine that is always there."""
+    return Finding("engine_posix", "ok", f"preadv and pwritev by {config.nvme.threads} threads")
+
+
+def check_engine_gds(config: Config, host: Host) -> Finding:
+    """What NVMe to GPU without the host would need. Imports and initialises nothing of CUDA."""
+    missing = []
+    if importlib.util.find_spec("kvikio") is None:
+        missing.append("no kvikio")
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        missing.append("no libcuda.so.1")
+    if not (host.proc / "driver/nvidia-fs").exists():
+        missing.append("no nvidia-fs in the kernel")
+    if not missing:
+        return Finding("engine_gds", "ok", "kvikio, libcuda.so.1 and nvidia-fs are there")
+    detail = f"not available ({', '.join(missing)}): posix is used"
+    if not _gpus(host):
+        return Finding("engine_gds", "ok", detail)
+    remedy = "nothing must be done; for GDS install kvikio and load nvidia-fs"
+    return Finding("engine_gds", "warn", detail, remedy)
+
+
+def check_gpu(config: Config, host: Host) -> Finding:
+    """GPUs as the driver shows them; no CUDA context is made."""
+    count = _gpus(host)
+    if count:
+        return Finding("gpu", "ok", f"{count} GPU{'s' * (count > 1)}")
+    detail = f"no driver in {host.proc}/driver/nvidia, no {host.dev}/nvidia0"
+    return Finding("gpu", "warn", detail, "install the driver if engines shall use a GPU here")
+
+
+# --- doors ---------------------------------------------------------------------------------------
+
+
+def check_run_dir(config: Config, host: Host) -> Finding:
+    """The folder of sockets can be made and written."""
+    path = config.daemon.run_dir
+    nearest = _nearest(path)
+    if nearest != path and (path.exists() or path.is_symlink()):
+        return Finding("run_dir", "fail", f"{path} is not a folder", "remove it, or set another")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        remedy = f"give the daemon's user access to {nearest}, or set another daemon.run_dir"
+        return Finding("run_dir", "fail", f"{nearest} cannot be written", remedy)
+    state = "can be written" if nearest == path else f"can be made in {nearest}"
+    return Finding("run_dir", "ok", f"{path} {state}")
+
+
+def check_sockets(config: Config, host: Host) -> Finding:
+    """Every socket's path is one that the kernel takes."""
+    doors = [
+        config.daemon.run_dir / name / door
+        for name in config.tenants
+        for door in (paths.HATCH, paths.FRONT_DOOR)
+    ]
+    try:
+        for door in doors:
+            paths.check_socket_path(door)
+    except InvalidConfig as error:
+        return Finding("sockets", "fail", str(error), "choose a shorter daemon.run_dir")
+    longest = max(len(os.fsencode(door)) for door in doors)
+    return Finding(
+        "sockets", "ok", f"longest path {longest} bytes of {paths.SOCKET_PATH_BYTES_MAX}"
+    )
+
+
+def check_daemon(config: Config, host: Host, tenant: str) -> Finding:
+    """Whether a daemon serves this tenant already; either answer is fine."""
+    name, path = f"daemon {tenant}", config.daemon.run_dir / tenant / paths.HATCH
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as stream:
+        stream.settimeout(CONNECT_TIMEOUT_S)
+        try:
+            stream.connect(str(path))
+        except FileNotFoundError:
+            return Finding(name, "ok", f"none runs: no {path}")
+        except ConnectionRefusedError:
+            return Finding(
+                name, "ok", f"none runs: {path} is left over, the next start replaces it"
+            )
+        except PermissionError:
+            remedy = f"run this as a member of the group of tenants.{tenant}"
+            return Finding(name, "warn", f"{path} may not be opened by this user", remedy)
+        except OSError as error:
+            remedy = "see the daemon's log; restart it if it hangs"
+            return Finding(name, "warn", f"{path} does not answer: {error}", remedy)
+        peer = stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return Finding(name, "ok", f"runs as process {struct.unpack('3i', peer)[0]} at {path}")
+
+
+# --- reading the host ----------------------------------------------------------------------------
+
+
+def _text(path: Path) -> str:
+    """A small file of the kernel, empty when it is not there or not readable."""
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _number(pool: Path, prefix: str) -> int:
+    text = _text(pool / f"{prefix}hugepages")
+    return int(text) if text.isdecimal() else 0
+
+
+def _limit(host: Host, name: str) -> int:
+    """The soft limit of this process, 0 when it is not shown."""
+    match = re.search(rf"^{name}\s+(\S+)", _text(host.proc / "self/limits"), re.MULTILINE)
+    if match is None:
+        return 0
+    return UNLIMITED if match[1] == "unlimited" else int(match[1])
+
+
+def _limit_text(count: int, unit: str) -> str:
+    if count >= UNLIMITED:
+        return "unlimited"
+    return _mib(count) if unit == "bytes" else f"{count} {unit}"
+
+
+def _mount(host: Host, path: Path) -> tuple[str, str, list[str]]:
+    """The type, place and options of the mount that holds a path."""
+    real = os.path.realpath(path)
+    best: tuple[str, str, list[str]] = ("unknown file system", "/", [])
+    for line in _text(host.proc / "self/mountinfo").splitlines():
+        left, _, right = line.partition(" - ")
+        fields, kinds = left.split(), right.split()
+        if len(fields) < 5 or not kinds:
+            continue
+        place = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[4])
+        inside = real == place or real.startswith(place.rstrip("/") + "/")
+        if inside and len(place) >= len(best[1]):  # a later mount covers an earlier one
+            best = (kinds[0], place, kinds[-1].split(","))
+    return best
+
+
+def _gpus(host: Host) -> int:
+    shown = len(list((host.proc / "driver/nvidia/gpus").glob("*")))
+    return shown or len(list(host.dev.glob("nvidia[0-9]*")))
+
+
+def _nearest(path: Path) -> Path:
+    return next((one for one in (path, *path.parents) if os.path.isdir(one)), Path("/"))
+
+
+def _held(path: Path) -> int:
+    return sum(
+        os.lstat(os.path.join(folder, name)).st_size
+        for folder, _, names in os.walk(path)
+        for name in names
+    )
+
+
+def _mib(count: int) -> str:
+    """Bytes for people: exact in MiB where that is whole, else rounded down."""
+    return format_size(count) if count % MIB == 0 or count < MIB else f"{count // MIB} MiB"

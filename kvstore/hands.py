@@ -1,0 +1,128 @@
+"""The hands of one tenant: slot table, mover and index behind the one interface of the service."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from xxhash import xxh3_64_intdigest
+
+from kvstore.catalog import READY, LayoutEntry
+from kvstore.index import Index
+from kvstore.mover import Mover
+from kvstore.orders import IndexPut, Move, Outcome
+from kvstore.slots import NOBODY
+from kvstore.store import Store
+from kvstore.tiers.slot_table import COMMITTED, WRITING, SlotTable
+from kvstore.types import SLOT_ALIGNMENT, Layout
+
+Ended = tuple[Move, Outcome, str]
+
+
+class Hands:
+    """Carries out orders. Without an NVMe tier there is no `mover`, and no index; while the tier
+    cannot be opened there is no index, and nothing to put in it."""
+
+    def __init__(self, table: SlotTable) -> None:
+        self.mover: Mover | None = None
+        self._table = table
+        self._index: Index | None = None
+        self._described: set[int] = set()
+
+    def use_index(self, index: Index) -> None:
+        """The index can be written from now on."""
+        self._index = index
+        self._described.clear()
+
+    def move(self, moves: list[Move]) -> None:
+        """Queue moves with the mover."""
+        assert self.mover is not None, "a move was ordered without an NVMe tier"
+        self.mover.submit(moves)
+
+    def mark(self, store: Store, pages: Iterable[int]) -> None:
+        """Write the slot table's records of these DRAM pages as the catalog has them now."""
+        table, slots, catalog = self._table, store.room.dram, store.catalog
+        for page in pages:
+            slab = slots.slab_of(page)
+            size = slots.slot_size(slab)
+            if size and table.slot_bytes[slab] != size:
+                table.assign(slab, size)
+            block = slots.owner(page)
+            offset = page * SLOT_ALIGNMENT
+            if block == NOBODY:
+                if (
+                    table.slot_bytes[slab]
+                    and not offset % table.slab_bytes % table.slot_bytes[slab]
+                ):
+                    table.clear(offset)
+                continue
+            sums = catalog.sums[block]
+            store.placement.sequence += 1
+            table.write(
+                offset,
+                COMMITTED if catalog.flags[block] & READY else WRITING,
+                layout=catalog.entry(block).fingerprint,
+                hash=catalog.keys[block] or b"",
+                sequence=store.placement.sequence,
+                checksum=xxh3_64_intdigest(sums) if sums else 0,
+            )
+
+    def layout(self, entry: LayoutEntry) -> None:
+        """Queue the layout's description for the NVMe index, once."""
+        if self._index is not None and entry.number not in self._described:
+            self._described.add(entry.number)
+            self._index.put_layout(entry.number, describe(entry.layout))
+
+    def index(self, changes: dict[int, IndexPut | None]) -> None:
+        """Queue changes of the NVMe index."""
+        if self._index is None:
+            return
+        for page, put in changes.items():
+            offset = page * SLOT_ALIGNMENT
+            if put is None:
+                self._index.delete(offset)
+            else:
+                self.layout(put.entry)
+                self._index.put(offset, put.entry.number, put.sequence, put.key, put.sums)
+
+
+def describe(layout: Layout) -> str:
+    """A layout as text, for the index; `Layout(**json.loads(text))` is the way back."""
+    return json.dumps(dataclasses.asdict(layout), sort_keys=True)
+
+
+class Door:
+    """Outcomes from worker threads to the event loop, many at a time.
+
+    Workers append (a deque's append is atomic) and wake the loop unless a wake is on its way: the
+    flag is cleared before the deque is emptied, so an outcome is either taken or wakes again.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, take: Callable[[list[Ended]], None]
+    ) -> None:
+        self._loop = loop
+        self._take = take
+        self._ended: deque[Ended] = deque()
+        self._woken = False
+
+    def report(self, move: Move, outcome: Outcome, problem: str) -> None:
+        """Called by worker threads."""
+        self._ended.append((move, outcome, problem))
+        if not self._woken:
+            self._woken = True
+            try:
+                self._loop.call_soon_threadsafe(self._drain)
+            except RuntimeError:
+                return  # the loop has closed: nobody waits for outcomes any more
+
+    def _drain(self) -> None:
+        self._woken = False
+        ended: list[Ended] = []
+        while self._ended:
+            ended.append(self._ended.popleft())
+        if ended:
+            self._take(ended)

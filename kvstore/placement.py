@@ -1,0 +1,306 @@
+"""What moves between the tiers, and when: spills down, loads up, checks.
+
+No I/O, threads, clock or randomness: orders go out, outcomes come back through `finished`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+
+from kvstore.catalog import DOOMED, FRESH, LOADING, READY, SPILLING, STORED, TWICE, WRITING
+from kvstore.eviction.base import Policy
+from kvstore.health import DeviceHealth
+from kvstore.orders import IndexPut, Move, MoveKind, Outcome
+from kvstore.room import IN_USE, Room
+from kvstore.slots import Slots
+from kvstore.types import DRAM, NVME
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlacementConfig:
+    """Sizes and rules of one tenant's tiers.
+
+    nvme_bytes 0 means that there is no NVMe tier. `write_budget` is in bytes per second, None for
+    no bound. `spread` is the number of NVMe devices. `queue_depth` bounds spills under way.
+    """
+
+    dram_bytes: int
+    nvme_bytes: int
+    slab_bytes: int
+    write_policy: str = "through"
+    write_budget: float | None = None
+    spread: int = 1
+    queue_depth: int = 32
+    loads_max: int = 4_096
+
+
+class Placement:
+    """The blocks of one tenant over its tiers."""
+
+    def __init__(self, config: PlacementConfig, make_policy: Callable[[], Policy]) -> None:
+        self.config = config
+        self.write_policy = config.write_policy
+        dram = Slots(config.dram_bytes, config.slab_bytes)
+        nvme = Slots(config.nvme_bytes, config.slab_bytes, spread=config.spread)
+        self.room = Room(dram, nvme, make_policy, self._must_save)
+        self.catalog = self.room.catalog
+        self.counters = self.room.counters
+        self.health = DeviceHealth(present=nvme.slab_count > 0)
+        self.sequence = 0
+        self.spills = 0  # moves under way
+        self.loads = 0
+        self.load_bytes_per_s = 0.0  # as seen while loads queue; 0 before the first
+        self._last_load_end: float | None = None
+        self._backlog: deque[int] = deque()
+        self._budget_at = 0.0
+        self._budget = 0.0
+
+    # -- DRAM ----------------------------------------------------------------------------------
+
+    def take_dram(self, blocks: Sequence[int], now: float, *, force: bool = False) -> int:
+        """Give leading blocks of one layout a DRAM slot each; returns how many got one.
+
+        A block whose copy on NVMe is still due is spared, and its spill ordered, unless `force`:
+        then it is lost.
+        """
+        if not blocks:
+            return 0
+        got = self.room.take(DRAM, self.catalog.entry(blocks[0]), blocks, now, force=force)
+        if unsaved := self.room.unsaved:
+            self.room.unsaved = []
+            for block in unsaved:
+                if self.spills >= self.config.queue_depth or not self._afford(block, now):
+                    break
+                if self.catalog.flags[block] & (READY | STORED | SPILLING | DOOMED) == READY:
+                    self._spill(block, now)
+        return got
+
+    def publish(self, blocks: Sequence[int], now: float) -> None:
+        """The bytes of these blocks in DRAM are complete: they can be read from now on."""
+        catalog = self.catalog
+        for block in blocks:
+            catalog.flags[block] = catalog.flags[block] & ~(WRITING | LOADING) | READY
+            self.room.orders.marks.add(catalog.dram[block])
+        if blocks:
+            slot_bytes = catalog.entry(blocks[0]).slot_bytes
+            self.room.policy(DRAM, slot_bytes).admit(blocks, now)
+            for slab in {self.room.dram.slab_of(catalog.dram[block]) for block in blocks}:
+                self.room.dram.touched[slab] = now
+
+    def store_through(self, blocks: Iterable[int]) -> None:
+        """Queue the copies to NVMe that the write policy asks for when blocks are committed."""
+        if self.write_policy == "through" and self.health.ok:
+            self._backlog.extend(blocks)
+
+    def save_all(self, now: float) -> None:
+        """Queue the copies of all that is in DRAM, coldest first."""
+        if self.health.ok:
+            for policy in self.room.policies(DRAM):
+                self._backlog.extend(policy.victims(now))
+
+    def touch(self, blocks: Sequence[int], now: float) -> None:
+        """Blocks of one layout, in prefix order, were asked for."""
+        catalog, entry = self.catalog, self.catalog.entry(blocks[0])
+        self.room.policy(DRAM, entry.slot_bytes).touch(blocks, now)
+        if self.room.nvme.slab_count:
+            self.room.policy(NVME, entry.slot_bytes).touch(blocks, now)
+        per_slab, dram = self.room.dram.slab_pages, catalog.dram
+        for slab in {dram[block] // per_slab for block in blocks}:
+            if slab < self.room.dram.slab_count:
+                self.room.dram.touched[slab] = now
+        if self.write_policy == "second-touch":
+            flags = catalog.flags
+            for block in blocks:
+                if not flags[block] & TWICE:
+                    flags[block] |= TWICE
+                    if flags[block] & (READY | STORED) == READY:
+                        self._backlog.append(block)
+
+    def unwrite(self, blocks: Iterable[int]) -> None:
+        """Blocks that were being written never will be: their slots are free."""
+        for block in blocks:
+            self.catalog.flags[block] &= ~WRITING
+            self.room.free(DRAM, block)
+            self.room.settle(block)
+
+    # -- moves ---------------------------------------------------------------------------------
+
+    def pump(self, now: float) -> None:
+        """Order spills from the backlog, as far as queue and write budget allow."""
+        flags = self.catalog.flags
+        while self._backlog and self.spills < self.config.queue_depth and self.health.ok:
+            block = self._backlog[0]
+            if flags[block] & (READY | STORED | SPILLING | DOOMED) != READY:
+                self._backlog.popleft()
+                continue
+            if not self._afford(block, now):
+                return
+            self._backlog.popleft()
+            self._spill(block, now)
+        if len(self._backlog) > 2 * self.room.resident(DRAM) + 1_024:
+            self._backlog = deque(b for b in self._backlog if flags[b] & (READY | STORED) == READY)
+
+    def load(self, block: int, now: float, *, demand: bool) -> bool:
+        """Order a stored block up into DRAM. False when there is no room for it."""
+        catalog = self.catalog
+        assert catalog.flags[block] & (READY | STORED | IN_USE) == STORED
+        if self.loads >= self.config.loads_max:
+            return False
+        self.room.hold(block)  # making room must not evict what is to be loaded
+        if not self.take_dram([block], now):
+            self.room.unhold(block)
+            return False
+        catalog.flags[block] |= LOADING | (FRESH if demand else 0)
+        self.loads += 1
+        self._order(MoveKind.LOAD if demand else MoveKind.PREFETCH, block)
+        return True
+
+    def verify(self, block: int) -> bool:
+        """Order a check of a stored block's bytes on NVMe. False when it is gone or in use."""
+        if self.room.held(block) or self.catalog.flags[block] & (STORED | DOOMED) != STORED:
+            return False
+        self.room.hold(block)
+        self._order(MoveKind.VERIFY, block)
+        return True
+
+    def finished(self, move: Move, outcome: Outcome, now: float) -> None:
+        """A move has ended."""
+        self._note_health(move, outcome, now)
+        if move.kind is MoveKind.SPILL:
+            self._spilled(move, outcome, now)
+        elif move.kind in (MoveKind.LOAD, MoveKind.PREFETCH):
+            self._loaded(move, outcome, now)
+        elif move.kind is MoveKind.VERIFY:
+            self.room.unhold(move.block)
+            if outcome is Outcome.CORRUPT:
+                self.counters.nvme.corrupt += 1
+                self.room.leave(NVME, move.block, "corrupt")
+            else:
+                self.room.reap(move.block)
+        self.room.orders.room = True
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _order(self, kind: MoveKind, block: int) -> None:
+        catalog = self.catalog
+        key = catalog.keys[block]
+        assert key is not None
+        self.room.orders.moves.append(
+            Move(
+                kind,
+                block,
+                catalog.entry(block),
+                key,
+                catalog.dram[block],
+                catalog.nvme[block],
+                catalog.sums[block],
+            )
+        )
+
+    def _afford(self, block: int, now: float) -> bool:
+        """Take the block's bytes from the write budget, if they are there."""
+        rate = self.config.write_budget
+        if rate is None:
+            return True
+        size = self.catalog.entry(block).slot_bytes
+        most = max(rate * 60.0, float(size))  # a minute's worth may be saved up
+        self._budget = min(most, self._budget + (now - self._budget_at) * rate)
+        self._budget_at = now
+        if self._budget < size:
+            return False
+        self._budget -= size
+        return True
+
+    def _must_save(self, block: int) -> bool:
+        """Whether a block in DRAM is to be copied to NVMe before it may leave."""
+        flags = self.catalog.flags[block]
+        if flags & STORED or not self.health.ok:
+            return False
+        return self.write_policy != "second-touch" or bool(flags & TWICE)
+
+    def _spill(self, block: int, now: float) -> bool:
+        catalog = self.catalog
+        if not self.room.take(NVME, catalog.entry(block), [block], now, force=True):
+            return False
+        catalog.flags[block] |= SPILLING
+        catalog.pins[block] += 1
+        self.spills += 1
+        self.room.orders.index[catalog.nvme[block]] = (
+            None  # whatever the index says of this slot is over
+        )
+        self._order(MoveKind.SPILL, block)
+        return True
+
+    def _spilled(self, move: Move, outcome: Outcome, now: float) -> None:
+        catalog, block = self.catalog, move.block
+        entry = catalog.entry(block)
+        self.spills -= 1
+        catalog.flags[block] &= ~SPILLING
+        catalog.pins[block] -= 1
+        counters = self.counters.nvme
+        if outcome is Outcome.DONE:
+            counters.spilled += 1
+            counters.written_bytes += entry.layout.block_bytes
+        if catalog.flags[block] & DOOMED:
+            self.room.reap(block)
+            return
+        if outcome is not Outcome.DONE:
+            self.room.free(NVME, block)
+            return
+        assert move.sums is not None
+        catalog.flags[block] |= STORED
+        catalog.sums[block] = move.sums
+        self.room.policy(NVME, entry.slot_bytes).admit([block], now)
+        self.room.nvme.touched[self.room.nvme.slab_of(catalog.nvme[block])] = now
+        self.sequence += 1
+        self.room.orders.index[catalog.nvme[block]] = IndexPut(
+            entry, self.sequence, move.key, move.sums
+        )
+        self.room.orders.marks.add(catalog.dram[block])
+
+    def _loaded(self, move: Move, outcome: Outcome, now: float) -> None:
+        catalog, block = self.catalog, move.block
+        entry = catalog.entry(block)
+        self.loads -= 1
+        self.room.unhold(block)
+        catalog.flags[block] &= ~LOADING
+        if outcome is Outcome.DONE:
+            self.counters.nvme.read_bytes += entry.layout.block_bytes
+            self.counters.nvme.promoted += 1
+            self.counters.nvme.latency.record(move.seconds)
+            self._note_load_rate(entry.layout.block_bytes, now)
+        if catalog.flags[block] & DOOMED:
+            self.room.reap(block)
+            return
+        if outcome is Outcome.DONE:
+            self.publish([block], now)
+            return
+        catalog.flags[block] &= ~FRESH
+        self.room.free(DRAM, block)
+        if outcome is Outcome.CORRUPT:
+            self.counters.nvme.corrupt += 1
+            self.room.leave(NVME, block, "corrupt")
+        else:
+            self.room.settle(block)
+
+    def _note_load_rate(self, size: int, now: float) -> None:
+        """Bytes per second between loads that end one after the other without a pause."""
+        if self._last_load_end is not None and now > self._last_load_end:
+            rate = size / (now - self._last_load_end)
+            old = self.load_bytes_per_s
+            self.load_bytes_per_s = rate if not old else old + 0.05 * (rate - old)
+        self._last_load_end = now if self.loads else None
+
+    def _note_health(self, move: Move, outcome: Outcome, now: float) -> None:
+        was_ok = self.health.ok
+        if outcome is Outcome.FAILED:
+            self.counters.nvme.failed += 1
+            self.health.failed(now)
+            if not self.health.ok:
+                self._backlog.clear()
+        else:
+            self.health.worked()
+        if self.health.ok and not was_ok and self.write_policy == "through":
+            self.save_all(now)

@@ -1,0 +1,245 @@
+"""How blocks are read: acquire, the wait for loads, release. Part of the brain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvstore.catalog import DOOMED, FRESH, LOADING, READY, STORED, WRITING, LayoutEntry
+from kvstore.errors import LimitExceeded
+from kvstore.leases import ReadLease, Session, Sessions
+from kvstore.orders import Move, MoveKind, Outcome
+from kvstore.placement import Placement
+from kvstore.types import DRAM, NVME
+
+# Why a grant ends where it does, as on the wire.
+END, ABSENT, PENDING, LATE, NO_ROOM, TOO_SLOW, FAILED = range(7)
+STOP_NAMES = ("end", "absent", "pending", "late", "no_room", "too_slow", "failed")
+
+
+class Reads:
+    """Read leases of one tenant. Every access leaves a note for the policies in `notes`."""
+
+    def __init__(self, placement: Placement, sessions: Sessions) -> None:
+        self.placement = placement
+        self.catalog = placement.catalog
+        self.counters = placement.counters
+        self.sessions = sessions
+        self.notes: list[list[int]] = []
+        self._waiting: dict[int, list[ReadLease]] = {}  # loading block -> leases that wait for it
+
+    def acquire(
+        self,
+        session: Session,
+        entry: LayoutEntry,
+        keys: Sequence[bytes],
+        now: float,
+        *,
+        wait: bool = True,
+        enough: int = 0,
+        tokens_per_s: float = 0.0,
+    ) -> ReadLease:
+        """A read lease on the longest prefix that is in DRAM or can be brought there.
+
+        When `lease.answered` is true the answer is final; else it comes among `orders.answers`, or
+        from `cut`. A lease answered without blocks is over already.
+        """
+        if self.sessions.full(session):
+            raise LimitExceeded(
+                f"this session holds {len(session.leases)} leases, the most that "
+                "limits.leases_per_session allows: release some"
+            )
+        lease = ReadLease(self.sessions.next_number(), session, entry)
+        lease.asked = len(keys)
+        lease.tokens_per_s = tokens_per_s
+        flags, pins, get = self.catalog.flags, self.catalog.pins, entry.index.get
+        blocks, seen = lease.blocks, 0
+        for key in keys:
+            block = get(key)
+            if block is None or not flags[block] & READY:
+                break
+            seen |= flags[block]
+            pins[block] += 1
+            blocks.append(block)
+        lease.ready = len(blocks)
+        lease.stop = END
+        if lease.ready < len(keys):
+            seen |= FRESH
+            self._climb(lease, keys, now, wait=wait, tokens_per_s=tokens_per_s)
+        lease.tiers = self._tiers(blocks) if seen & FRESH else b"\1" * len(blocks)
+        lease.enough = min(enough or len(blocks), len(blocks))
+        session.leases[lease.number] = lease
+        if lease.ready >= lease.enough:
+            self._answer(lease, PENDING if lease.ready < len(blocks) else lease.stop)
+        return lease
+
+    def cut(self, lease: ReadLease, stop: int) -> None:
+        """The wait is over: the lease is answered with what is ready."""
+        if not lease.answered:
+            self._answer(lease, stop if lease.ready < len(lease.blocks) else lease.stop)
+
+    def release(self, session: Session, number: int) -> bool:
+        """Whether the lease held until now. It is over."""
+        lease = session.leases.get(number)
+        if not isinstance(lease, ReadLease) or not lease.answered:
+            return False
+        del session.leases[number]
+        self._unpin(lease.blocks)
+        return True
+
+    def finished(self, move: Move, outcome: Outcome, now: float) -> None:
+        """A move has ended: leases that waited for its block go on, or end before it."""
+        block = move.block
+        waiting = self._waiting.pop(block, ()) if move.kind <= MoveKind.PREFETCH else ()
+        self.placement.finished(move, outcome, now)
+        loaded = outcome is Outcome.DONE and bool(self.catalog.flags[block] & READY)
+        for lease in waiting:
+            if loaded:
+                self._advance(lease)
+            elif not lease.answered and block in lease.blocks:
+                self._shorten(lease, lease.blocks.index(block), FAILED)
+            if not lease.answered and lease.ready >= lease.enough:
+                pending = lease.ready < len(lease.blocks)
+                self._answer(lease, PENDING if pending else lease.stop)
+                self.placement.room.orders.answers.append(lease)
+        self.placement.pump(now)
+
+    def end(self, lease: ReadLease) -> None:
+        lease.session.leases.pop(lease.number, None)
+        for block in lease.blocks[lease.ready :]:
+            waiting = self._waiting.get(block)
+            if waiting and lease in waiting:
+                waiting.remove(lease)
+        lease.answered = True
+        self._unpin(lease.blocks)
+
+    def _climb(
+        self,
+        lease: ReadLease,
+        keys: Sequence[bytes],
+        now: float,
+        *,
+        wait: bool,
+        tokens_per_s: float,
+    ) -> None:
+        """Lengthen a lease by blocks that are not in DRAM: order or join their loads."""
+        flags, get = self.catalog.flags, lease.entry.index.get
+        stored = STORED if self.placement.health.ok else 0
+        chain: list[int] = []
+        for key in keys[lease.ready :]:
+            block = get(key)
+            if block is None or not flags[block] & (READY | LOADING | stored):
+                lease.stop = ABSENT
+                break
+            if flags[block] & WRITING:
+                lease.stop = ABSENT
+                break
+            chain.append(block)
+        worth = self._worth(lease.entry, chain, tokens_per_s)
+        if worth < len(chain):
+            del chain[worth:]
+            lease.stop = TOO_SLOW
+        for block in chain:
+            self.catalog.pins[block] += 1  # before making room for the next
+        at = 0
+        while at < len(chain):
+            block = chain[at]
+            if flags[block] & (READY | LOADING):
+                flags[block] |= 0 if flags[block] & READY else FRESH
+            elif not self.placement.load(block, now, demand=True):
+                # The head goes before the tail, which the pins have kept in memory until now.
+                lease.stop = NO_ROOM
+                keep = max(at, len(chain) - max(1, (len(chain) - at) // 8))
+                self._unpin(chain[keep:])
+                del chain[keep:]
+                continue
+            at += 1
+        for block in chain:
+            if flags[block] & LOADING:
+                self._waiting.setdefault(block, []).append(lease)
+        lease.blocks += chain
+        self._advance(lease)
+        if not wait and lease.ready < len(lease.blocks):
+            self._shorten(lease, lease.ready, LATE)
+
+    def _worth(self, entry: LayoutEntry, chain: list[int], tokens_per_s: float) -> int:
+        """How many leading blocks of the chain are faster loaded than computed."""
+        rate = self.placement.load_bytes_per_s
+        if tokens_per_s <= 0 or rate <= 0:
+            return len(chain)
+        flags, size = self.catalog.flags, entry.layout.block_bytes
+        per_load, per_compute = size / rate, entry.layout.block_tokens / tokens_per_s
+        gain, best, length = -self.placement.loads * per_load, 0.0, 0
+        for at, block in enumerate(chain):
+            gain += per_compute - (0 if flags[block] & READY else per_load)
+            if gain > best:
+                best, length = gain, at + 1
+        return length
+
+    def _advance(self, lease: ReadLease) -> None:
+        """Count the leading blocks that are ready by now."""
+        flags, blocks = self.catalog.flags, lease.blocks
+        while lease.ready < len(blocks) and flags[blocks[lease.ready]] & READY:
+            lease.ready += 1
+
+    def _shorten(self, lease: ReadLease, length: int, stop: int) -> None:
+        """The lease ends before this block."""
+        gone = lease.blocks[length:]
+        del lease.blocks[length:]
+        lease.tiers = lease.tiers[:length]
+        lease.stop = stop
+        lease.enough = min(lease.enough, length)
+        for block in gone:
+            waiting = self._waiting.get(block)
+            if waiting and lease in waiting:
+                waiting.remove(lease)
+        self._unpin(gone)
+
+    def _answer(self, lease: ReadLease, stop: int) -> None:
+        """Make the lease final: what is ready is granted, the rest is left."""
+        if lease.ready < len(lease.blocks):
+            self._shorten(lease, lease.ready, stop)
+        lease.stop = stop
+        lease.answered = True
+        flags, blocks = self.catalog.flags, lease.blocks
+        if lease.tiers.count(NVME):
+            for block in blocks:
+                flags[block] &= ~FRESH
+        self._count(lease)
+        if blocks:
+            self.notes.append(blocks)
+        else:
+            del lease.session.leases[lease.number]
+
+    def _count(self, lease: ReadLease) -> None:
+        """Attribute every key that was answered, once: those that the client has to ask for again
+        (still loading, or no room until it releases these) are counted when it does."""
+        counters, hit = self.counters, lease.ready
+        again = lease.stop == PENDING or (lease.stop == NO_ROOM and hit)
+        missed = 0 if again else lease.asked - hit
+        counters.asked += hit + missed
+        counters.hit += hit
+        counters.miss += missed
+        if missed:
+            counters.misses[STOP_NAMES[lease.stop]] += missed
+        slow = lease.tiers.count(NVME)
+        counters.nvme.hits += slow
+        counters.dram.hits += hit - slow
+        counters.dram.read_bytes += hit * lease.entry.layout.block_bytes
+        tokens = hit * lease.entry.layout.block_tokens
+        counters.saved_tokens += tokens
+        if lease.tokens_per_s > 0:
+            counters.saved_prefill_s += tokens / lease.tokens_per_s
+
+    def _tiers(self, blocks: list[int]) -> bytes:
+        """Where each block was found: what was loaded for this very request counts as NVMe."""
+        flags = self.catalog.flags
+        return bytes(NVME if flags[block] & (FRESH | LOADING) else DRAM for block in blocks)
+
+    def _unpin(self, blocks: Sequence[int]) -> None:
+        pins, flags, seen = self.catalog.pins, self.catalog.flags, 0
+        for block in blocks:
+            pins[block] -= 1
+            seen |= flags[block]
+        if seen & DOOMED:
+            for block in blocks:
+                self.placement.room.reap(block)

@@ -1,0 +1,489 @@
+"""One tenant's service: requests of either door to the store, the store's orders to the hands.
+
+Runs on the event loop and does no work proportional to bytes. A door calls `handle` and gets the
+answer, or None: then the answer, a message or a KVStoreError, comes through the callback that the door
+gave along. After sending an answer the door calls `settle`, which does what need not be done before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from array import array
+from collections.abc import Callable, Iterable
+from struct import iter_unpack
+from typing import Any, Protocol
+
+import structlog
+
+from kvstore import types
+from kvstore.catalog import STORED, LayoutEntry
+from kvstore.errors import (
+    InvalidKeys,
+    InvalidRequest,
+    KVStoreError,
+    ProtocolMismatch,
+    TooLarge,
+)
+from kvstore.leases import ReadLease, Session
+from kvstore.orders import IndexPut, Move, MoveKind, Outcome
+from kvstore.protos import kvstore_pb2 as pb
+from kvstore.reads import LATE
+from kvstore.store import Store
+from kvstore.types import SLOT_ALIGNMENT, Layout
+from kvstore.writes import REFUSED, Reserved
+
+Answer = Callable[[Any], None]
+DEADLINE_S_MAX = 3_600.0
+VERIFY_IN_FLIGHT = 8
+
+log = structlog.get_logger()
+
+
+class Hands(Protocol):
+    """What carries the store's orders out. None of these waits."""
+
+    def move(self, moves: list[Move]) -> None:
+        """Queue moves; their outcomes come back through `Service.finished`."""
+
+    def mark(self, store: Store, pages: Iterable[int]) -> None:
+        """Bring the slot table's records of these DRAM pages up to date."""
+
+    def layout(self, entry: LayoutEntry) -> None:
+        """Queue the layout's description for the NVMe index."""
+
+    def index(self, changes: dict[int, IndexPut | None]) -> None:
+        """Queue changes of the NVMe index."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ServiceInfo:
+    """What a client is told when it attaches."""
+
+    tenant: str
+    version: str
+    generation: int
+    arena_path: str
+    arena_bytes: int
+    arena_inode: int
+
+
+class _Parked:
+    """A reserve that waits for room."""
+
+    __slots__ = ("answer", "request", "session", "timer")
+
+    def __init__(self, session: Session, request: Any, answer: Answer) -> None:
+        self.session = session
+        self.request = request
+        self.answer = answer
+        self.timer: asyncio.TimerHandle | None = None
+
+
+class _Verification:
+    """A run of `verify`: blocks to check, and how far it has come."""
+
+    def __init__(self, blocks: list[int], answer: Answer) -> None:
+        self.blocks = blocks
+        self.answer = answer
+        self.in_flight: set[int] = set()
+        self.reply = pb.VerifyReply()
+
+
+class Service:
+    """The service object of one tenant; both doors hold the same one."""
+
+    def __init__(
+        self,
+        store: Store,
+        hands: Hands,
+        info: ServiceInfo,
+        document: Callable[[], bytes],
+        keys_per_call: int = types.KEYS_PER_CALL_MAX,
+    ) -> None:
+        self.store = store
+        self.info = info
+        self.keys_per_call = keys_per_call
+        self._hands = hands
+        self._document = document
+        self._loop = asyncio.get_running_loop()
+        self._reads: dict[ReadLease, tuple[Answer, asyncio.TimerHandle]] = {}
+        self._reserves: list[_Parked] = []
+        self._verifications: list[_Verification] = []
+        self._verbs: dict[int, tuple[Callable[[Session, Any, Answer], Any], Any]] = {
+            pb.OPEN: (self._open, pb.OpenRequest),
+            pb.LOOKUP: (self._lookup, pb.LookupRequest),
+            pb.RESERVE: (self._reserve, pb.ReserveRequest),
+            pb.COMMIT: (self._commit, pb.CommitRequest),
+            pb.ABORT: (self._abort, pb.AbortRequest),
+            pb.ACQUIRE: (self._acquire, pb.AcquireRequest),
+            pb.RELEASE: (self._release, pb.ReleaseRequest),
+            pb.PREFETCH: (self._prefetch, pb.PrefetchRequest),
+            pb.RETAIN: (self._retain, pb.RetainRequest),
+            pb.FORGET: (self._forget, pb.ForgetRequest),
+            pb.STATS: (self._stats, pb.StatsRequest),
+            pb.CLEAR: (self._clear, pb.ClearRequest),
+            pb.VERIFY: (self._verify, pb.VerifyRequest),
+        }
+        self.requests = self.store.counters.requests
+        for number in self._verbs:
+            self.requests[pb.Verb.Name(number).lower()] = 0
+
+    # -- what the doors call -------------------------------------------------------------------
+
+    def attach(self, request: Any) -> tuple[Session, Any]:
+        """A client has connected: its session, and the message that tells it where things are."""
+        if request.protocol != types.PROTOCOL_VERSION:
+            raise ProtocolMismatch(
+                f"the client speaks protocol {request.protocol}, this daemon "
+                f"{types.PROTOCOL_VERSION}: install the same version of kvstore on both sides"
+            )
+        session = self.store.attach(request.client[:128])
+        info = self.info
+        return session, pb.AttachReply(
+            protocol=types.PROTOCOL_VERSION,
+            version=info.version,
+            tenant=info.tenant,
+            generation=info.generation,
+            arena_path=info.arena_path,
+            arena_bytes=info.arena_bytes,
+            arena_inode=info.arena_inode,
+            keys_max=self.keys_per_call,
+            leases_max=self.store.limits.leases_per_session,
+        )
+
+    def detach(self, session: Session) -> list[int]:
+        """A client has gone; returns the blocks to hand to `unquarantine` once nobody can write
+        them any more."""
+        for lease in [lease for lease in self._reads if lease.session is session]:
+            self._reads.pop(lease)[1].cancel()
+        for parked in [parked for parked in self._reserves if parked.session is session]:
+            self._unpark(parked)
+        quarantined = self.store.detach(session, self._now())
+        self.settle()
+        return quarantined
+
+    def unquarantine(self, blocks: list[int]) -> None:
+        """The writers of these blocks are gone."""
+        self.store.unquarantine(blocks, self._now())
+        self.settle()
+
+    def handle_bytes(self, session: Session, verb: int, payload: bytes, answer: Answer) -> Any:
+        """As `handle`, with the request still encoded."""
+        try:
+            request = self._verbs[verb][1].FromString(payload)
+        except KeyError:
+            raise InvalidRequest(f"there is no verb {verb}: see kvstore.proto") from None
+        except Exception as error:
+            name = pb.Verb.Name(verb).lower()
+            raise InvalidRequest(
+                f"the {name} request of {len(payload)} bytes cannot be decoded: {error}"
+            ) from None
+        return self.handle(session, verb, request, answer)
+
+    def handle(self, session: Session, verb: int, request: Any, answer: Answer) -> Any:
+        """Carry a request out. Returns the answer, or None when `answer` will be called with it.
+
+        Raises KVStoreError; nothing has changed then.
+        """
+        handler = self._verbs[verb][0]
+        reply = handler(session, request, answer)
+        if verb == pb.RESERVE or verb == pb.COMMIT:
+            self._carry_out()  # the slot table must say so before the client hears of it
+        return reply
+
+    def settle(self) -> None:
+        """Do what waits until an answer is out: tell the policies, carry out orders."""
+        self.store.digest(self._now())
+        self._carry_out()
+
+    def finished(self, ended: Iterable[tuple[Move, Outcome, str]]) -> None:
+        """Moves have ended."""
+        now = self._now()
+        for move, outcome, problem in ended:
+            if outcome is Outcome.CORRUPT:
+                log.warning(
+                    "damaged block dropped",
+                    tenant=self.info.tenant,
+                    hash=move.key.hex(),
+                    offset=move.nvme * SLOT_ALIGNMENT,
+                )
+            was_ok = self.store.placement.health.ok
+            self.store.finished(move, outcome, now)
+            self._tell_health(was_ok, problem)
+            if move.kind is MoveKind.VERIFY:
+                self._verified(move.block, outcome)
+        self.settle()
+
+    def tick(self) -> None:
+        """Called about once a second."""
+        self.store.tick(self._now())
+        self.settle()
+
+    def idle(self) -> bool:
+        """Whether nothing is under way: no spill left to be done, no load."""
+        placement = self.store.placement
+        placement.pump(self._now())
+        self._carry_out()
+        return not (placement.spills or placement.loads)
+
+    # -- verbs ---------------------------------------------------------------------------------
+
+    def _open(self, session: Session, request: Any, answer: Answer) -> Any:
+        self.requests["open"] += 1
+        sent = request.layout
+        layout = Layout(
+            model=sent.model,
+            engine=sent.engine,
+            dtype=sent.dtype,
+            block_tokens=sent.block_tokens,
+            shards=sent.shards,
+            shard_bytes=sent.shard_bytes,
+        )
+        entry = self.store.open(layout)
+        self._hands.layout(entry)
+        return pb.OpenReply(layout=entry.number, slot_bytes=entry.slot_bytes)
+
+    def _lookup(self, session: Session, request: Any, answer: Answer) -> Any:
+        self.requests["lookup"] += 1
+        entry, keys = self._keys(request.keys)
+        tiers = self.store.lookup(entry, keys)
+        return pb.LookupReply(length=len(tiers), tiers=tiers)
+
+    def _reserve(self, session: Session, request: Any, answer: Answer) -> Any:
+        self.requests["reserve"] += 1
+        reserved = self._try_reserve(session, request, force=request.deadline_s <= 0)
+        if not reserved.waiting or request.deadline_s <= 0:
+            return self._reserved(reserved)
+        parked = _Parked(session, request, answer)
+        parked.timer = self._loop.call_later(
+            _bounded(request.deadline_s), self._reserve_late, parked
+        )
+        self._reserves.append(parked)
+        return None
+
+    def _commit(self, session: Session, request: Any, answer: Answer) -> Any:
+        self.requests["commit"] += 1
+        stored = self.store.commit(session, request.lease, self._now())
+        return pb.CommitReply(held=stored is not None, stored=stored or 0)
+
+    def _abort(self, session: Session, request: Any, answer: Answer) -> Any:
+        self.requests["abort"] += 1
+        return pb.AbortReply(held=self.store.abort(session, request.lease, self._now()))
+
+    def _acquire(self, session: Session, request: Any, answer: Answer) -> Any:
+        self.requests["acquire"] += 1
+        started = time.perf_counter()
+        entry, keys = self._keys(request.keys)
+        lease = self.store.acquire(
+            session,
+            entry,
+            keys,
+            self._now(),
+            wait=request.deadline_s > 0,
+            enough=request.enough,
+            tokens_per_s=request.prefill_tokens_per_s,
+        )
+        if lease.answered:
+            reply = self._grant(lease)
+            self.store.counters.dram.latency.record(time.perf_counter() - started)
+            return reply
+        timer = self._loop.call_later(_bounded(request.deadline_s), self._acquire_late, lease)
+        self._reads[lease] = (answer, timer)
+        return None
+
+    def _release(self, session: Session, request: Any, answer: Answer) -> Any:
+        self.requests["release"] += 1
+        return pb.ReleaseReply(held=self.store.release(session, request.lease))
+
+    def _prefetch(self, session: Session, request: Any, answer: Answer) -> Any:
+        self.requests["prefetch"] += 1
+        entry, keys = self._keys(request.keys)
+        return pb.PrefetchReply(ordered=self.store.prefetch(entry, keys, self._now()))
+
+    def _retain(self, session: Session, request: Any, answer: Answer) -> Any:
+        self.requests["retain"] += 1
+        entry, keys = self._keys(request.keys)
+        if not 0 <= request.priority <= 100:
+            raise InvalidRequest(f"priority is {request.priority}: give 0 to 100")
+        until = self._now() + request.ttl_s if request.ttl_s > 0 else None
+        kept = self.store.retain(entry, keys, request.priority, until)
+        return pb.RetainReply(retained=kept)
+
+    def _forget(self, session: Session, request: Any, answer: Answer) -> Any:
+        self.requests["forget"] += 1
+        entry, keys = self._keys(request.keys, distinct=True)
+        return pb.ForgetReply(forgotten=self.store.forget(entry, keys))
+
+    def _stats(self, session: Session, request: Any, answer: Answer) -> Any:
+        self.requests["stats"] += 1
+        return pb.StatsReply(json=self._document())
+
+    def _clear(self, session: Session, request: Any, answer: Answer) -> Any:
+        self.requests["clear"] += 1
+        return pb.ClearReply(forgotten=self.store.clear())
+
+    def _verify(self, session: Session, request: Any, answer: Answer) -> Any:
+        self.requests["verify"] += 1
+        flags = self.store.catalog.flags
+        stored = [block for block in range(len(flags)) if flags[block] & STORED]
+        run = _Verification(stored, answer)
+        self._verifications.append(run)
+        self._go_on(run)
+        return None
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _now(self) -> float:
+        return self._loop.time()
+
+    def _keys(self, packed: Any, *, distinct: bool = False) -> tuple[LayoutEntry, list[bytes]]:
+        """The layout and the hashes of a request; raises what is wrong with them."""
+        layouts = self.store.catalog.layouts
+        if packed.layout >= len(layouts):
+            raise InvalidRequest(
+                f"layout {packed.layout} is not open here, {len(layouts)} are: open it again"
+            )
+        size, hashes = packed.hash_bytes, packed.hashes
+        if not hashes:
+            return layouts[packed.layout], []
+        types.check_hash_length(size, size)
+        count, rest = divmod(len(hashes), size)
+        if rest:
+            raise InvalidKeys(f"{len(hashes)} bytes of hashes are no multiple of {size}")
+        if count > self.keys_per_call:
+            raise TooLarge(
+                f"{count} keys in one call: at most {self.keys_per_call} are taken; split the list"
+            )
+        keys = [key for (key,) in iter_unpack(f"{size}s", hashes)]
+        if distinct and len(set(keys)) != count:
+            raise InvalidKeys("a hash comes twice in one list: give each block once")
+        return layouts[packed.layout], keys
+
+    def _try_reserve(self, session: Session, request: Any, *, force: bool) -> Reserved:
+        entry, keys = self._keys(request.keys, distinct=True)
+        shard = request.shard if request.HasField("shard") else None
+        if shard is not None and shard >= entry.layout.shards:
+            raise InvalidRequest(
+                f"shard {shard} of a layout with {entry.layout.shards} shards: they count from 0"
+            )
+        return self.store.reserve(session, entry, keys, self._now(), shard=shard, force=force)
+
+    def _reserved(self, reserved: Reserved) -> Any:
+        self.store.counters.refused += reserved.status.count(REFUSED)
+        offsets = array("Q", [page * SLOT_ALIGNMENT for page in reserved.pages])
+        return pb.ReserveReply(
+            lease=reserved.lease.number if reserved.lease else 0,
+            status=reserved.status,
+            offsets=offsets.tobytes(),
+        )
+
+    def _grant(self, lease: ReadLease) -> Any:
+        dram = self.store.catalog.dram
+        placement = self.store.placement
+        rate = placement.load_bytes_per_s
+        estimate = lease.entry.slot_bytes * max(1, placement.loads) / rate if rate else 0.0
+        return pb.AcquireReply(
+            lease=lease.number if lease.blocks else 0,
+            length=len(lease.blocks),
+            tiers=lease.tiers,
+            offsets=array("Q", [dram[block] << 12 for block in lease.blocks]).tobytes(),
+            stop=lease.stop,  # type: ignore[arg-type]  # its number
+            estimate_s=estimate,
+        )
+
+    def _acquire_late(self, lease: ReadLease) -> None:
+        """The deadline of an acquire has come."""
+        answer, _ = self._reads.pop(lease)
+        self.store.cut(lease, LATE)
+        answer(self._grant(lease))
+        self.settle()
+
+    def _reserve_late(self, parked: _Parked) -> None:
+        """The deadline of a reserve has come: what is still to be saved may now be lost."""
+        self._unpark(parked)
+        self._answer_reserve(parked, force=True)
+        self._carry_out()
+
+    def _retry_reserves(self) -> None:
+        """Room may have come: those that wait longest first."""
+        while self._reserves:
+            if not self._answer_reserve(self._reserves[0], force=False):
+                return
+            self._unpark(self._reserves[0])
+
+    def _answer_reserve(self, parked: _Parked, *, force: bool) -> bool:
+        """Try a parked reserve again; returns whether it has been answered."""
+        try:
+            reserved = self._try_reserve(parked.session, parked.request, force=force)
+        except KVStoreError as error:
+            parked.answer(error)
+            return True
+        if reserved.waiting and not force:
+            return False
+        self._carry_out_once()  # the slot table must say so before the client hears of it
+        parked.answer(self._reserved(reserved))
+        return True
+
+    def _unpark(self, parked: _Parked) -> None:
+        self._reserves.remove(parked)
+        if parked.timer is not None:
+            parked.timer.cancel()
+
+    def _carry_out(self) -> None:
+        """Carry out the store's orders until there are none."""
+        while self.store.room.orders:
+            if self._carry_out_once() and self._reserves:
+                self._retry_reserves()
+
+    def _carry_out_once(self) -> bool:
+        """Carry out what there is now; returns whether room may have come."""
+        orders = self.store.take_orders()
+        if orders.marks:
+            self._hands.mark(self.store, orders.marks)
+        if orders.moves:
+            self._hands.move(orders.moves)
+        if orders.index:
+            self._hands.index(orders.index)
+        for lease in orders.answers:
+            answer, timer = self._reads.pop(lease)
+            timer.cancel()
+            answer(self._grant(lease))
+        return orders.room
+
+    def _tell_health(self, was_ok: bool, problem: str) -> None:
+        if problem:
+            log.error("NVMe operation failed", tenant=self.info.tenant, problem=problem)
+        ok = self.store.placement.health.ok
+        if was_ok and not ok:
+            log.error(
+                "NVMe tier is fenced: DRAM only until a probe works",
+                tenant=self.info.tenant,
+                problem=problem,
+            )
+        elif ok and not was_ok:
+            log.warning("NVMe tier works again", tenant=self.info.tenant)
+
+    def _go_on(self, run: _Verification) -> None:
+        while run.blocks and len(run.in_flight) < VERIFY_IN_FLIGHT:
+            block = run.blocks.pop()
+            if self.store.placement.verify(block):
+                run.in_flight.add(block)
+            else:
+                run.reply.skipped += 1
+        if not run.in_flight:
+            self._verifications.remove(run)
+            run.answer(run.reply)
+
+    def _verified(self, block: int, outcome: Outcome) -> None:
+        for run in [run for run in self._verifications if block in run.in_flight]:
+            run.in_flight.remove(block)
+            run.reply.checked += 1
+            run.reply.damaged += outcome is not Outcome.DONE
+            self._go_on(run)
+
+
+def _bounded(deadline_s: float) -> float:
+    """A deadline from the wire that the loop can take: NaN and infinity come from strangers."""
+    return deadline_s if 0 <= deadline_s <= DEADLINE_S_MAX else DEADLINE_S_MAX

@@ -1,0 +1,186 @@
+"""Places of one tier: slabs that each serve one slot size, and who sits in each slot.
+
+    capacity  |  slab 0  |  slab 1  |  slab 2  | ...      all of slab_bytes
+                 2 MiB      2 MiB      96 KiB             slot size of each, 0 while unassigned
+
+A slot is named by the page (4 KiB) that it starts on, counted from the start of the tier. A slab
+whose last slot becomes free is unassigned again, and any slot size may take it. Which blocks must
+leave is not decided here.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+
+from kvstore.types import SLOT_ALIGNMENT
+
+NOBODY = 0xFFFFFFFF
+
+
+class Slots:
+    """The slots of a tier. The owner of a slot is a block id of the catalog.
+
+    `spread` slabs of each size are filled side by side: with several devices, and slabs dealt out
+    to them in turn, consecutive blocks then go to different devices.
+    """
+
+    def __init__(self, capacity_bytes: int, slab_bytes: int, *, spread: int = 1) -> None:
+        assert slab_bytes % SLOT_ALIGNMENT == 0, slab_bytes
+        self.slab_bytes = slab_bytes
+        self.slab_pages = slab_bytes // SLOT_ALIGNMENT
+        self.slab_count = capacity_bytes // slab_bytes
+        self.capacity_bytes = self.slab_count * slab_bytes
+        self.used_bytes = 0
+        self.touched = array("d", bytes(8 * self.slab_count))  # last use of any block of the slab
+        self._spread = spread
+        self._size = array("Q", bytes(8 * self.slab_count))
+        self._free: list[list[int]] = [[] for _ in range(self.slab_count)]
+        self._owners: list[array[int]] = [array("I") for _ in range(self.slab_count)]
+        self._open: dict[
+            int, dict[int, None]
+        ] = {}  # slot bytes -> slabs with a free slot, in order
+        self._unassigned = list(range(self.slab_count - 1, -1, -1))
+
+    def fits(self, slot_bytes: int) -> bool:
+        """Whether a slab can hold a slot of this size at all."""
+        return self.slab_count > 0 and slot_bytes <= self.slab_bytes
+
+    def take(self, slot_bytes: int, owners: Sequence[int]) -> list[int]:
+        """A slot for each owner in turn, neighbours where possible; fewer when room is short."""
+        taken: list[int] = []
+        opened = self._open.setdefault(slot_bytes, {})
+        pages = slot_bytes // SLOT_ALIGNMENT
+        while len(taken) < len(owners):
+            if self._unassigned and len(opened) < self._spread:
+                self._assign(self._unassigned.pop(), slot_bytes)
+            if not opened:
+                break
+            slab = next(iter(opened))
+            free, seats = self._free[slab], self._owners[slab]
+            count = min(len(owners) - len(taken), len(free))
+            if self._spread > 1:
+                count = min(count, 1)
+                opened[slab] = opened.pop(slab)
+            first = slab * self.slab_pages
+            for place in reversed(free[-count:]):
+                seats[place] = owners[len(taken)]
+                taken.append(first + place * pages)
+            del free[-count:]
+            if not free:
+                del opened[slab]
+        self.used_bytes += len(taken) * slot_bytes
+        return taken
+
+    def give_back(self, slots: Sequence[int]) -> None:
+        """The slots are free again."""
+        for slot in slots:
+            slab, page = divmod(slot, self.slab_pages)
+            size = self._size[slab]
+            place = page * SLOT_ALIGNMENT // size
+            seats, free = self._owners[slab], self._free[slab]
+            assert seats[place] != NOBODY, f"slot {slot} given back twice"
+            seats[place] = NOBODY
+            self.used_bytes -= size
+            if not free:
+                self._open[size][slab] = None
+            free.append(place)
+            if len(free) == len(seats):
+                self._unassign(slab)
+
+    def adopt(self, slots: Sequence[int], slot_bytes: int, owners: Sequence[int]) -> list[bool]:
+        """Seat owners in given slots, as found after a restart. False where that cannot be: the
+        slot lies outside, crosses a slab of another size, or is taken."""
+        pages = slot_bytes // SLOT_ALIGNMENT
+        seated: list[bool] = []
+        touched: set[int] = set()
+        for slot, owner in zip(slots, owners, strict=True):
+            slab, page = divmod(slot, self.slab_pages)
+            place, off = divmod(page, pages)
+            good = slab < self.slab_count and not off and slot_bytes <= self.slab_bytes
+            if good and self._size[slab] == 0:
+                self._assign(slab, slot_bytes)
+            good = good and self._size[slab] == slot_bytes and place < len(self._owners[slab])
+            if good and self._owners[slab][place] == NOBODY:
+                self._owners[slab][place] = owner
+                self.used_bytes += slot_bytes
+                touched.add(slab)
+                seated.append(True)
+            else:
+                seated.append(False)
+        for slab in touched:
+            seats = self._owners[slab]
+            self._free[slab] = [p for p in range(len(seats) - 1, -1, -1) if seats[p] == NOBODY]
+            if not self._free[slab]:
+                self._open[slot_bytes].pop(slab, None)
+        self._unassigned = [s for s in range(self.slab_count - 1, -1, -1) if not self._size[s]]
+        return seated
+
+    def slab_of(self, slot: int) -> int:
+        """The slab that a slot lies in."""
+        return slot // self.slab_pages
+
+    def slot_size(self, slab: int) -> int:
+        """The slot size that a slab serves; 0 while it is unassigned."""
+        return self._size[slab]
+
+    def owner(self, slot: int) -> int:
+        """Who sits in the slot that starts on this page; NOBODY where none starts or it is free."""
+        slab, page = divmod(slot, self.slab_pages)
+        size = self._size[slab]
+        if not size or page * SLOT_ALIGNMENT % size:
+            return NOBODY
+        return self._owners[slab][page * SLOT_ALIGNMENT // size]
+
+    def residents(self, slab: int) -> list[int]:
+        """The owners seated in a slab."""
+        return [owner for owner in self._owners[slab] if owner != NOBODY]
+
+    def slabs(self) -> Iterator[tuple[int, int]]:
+        """Every assigned slab with its slot size."""
+        return ((slab, size) for slab, size in enumerate(self._size) if size)
+
+    def size_count(self) -> int:
+        """How many slot sizes have a slab."""
+        return len({size for size in self._size if size})
+
+    def owners(self) -> dict[int, int]:
+        """Every taken slot with its owner; for checks, it looks at all of them."""
+        found = {}
+        for slab, size in self.slabs():
+            pages = size // SLOT_ALIGNMENT
+            for place, owner in enumerate(self._owners[slab]):
+                if owner != NOBODY:
+                    found[slab * self.slab_pages + place * pages] = owner
+        return found
+
+    def check(self) -> None:
+        """Asserts that every slot of every slab is counted once."""
+        used = 0
+        for slab, size in enumerate(self._size):
+            free, seats = self._free[slab], self._owners[slab]
+            if not size:
+                assert slab in self._unassigned and not seats
+                continue
+            assert len(seats) == self.slab_bytes // size
+            assert len(set(free)) == len(free)
+            assert all(seats[place] == NOBODY for place in free)
+            taken = len(self.residents(slab))
+            assert taken + len(free) == len(seats) and taken
+            assert (slab in self._open[size]) == bool(free)
+            used += taken * size
+        assert used == self.used_bytes
+
+    def _assign(self, slab: int, slot_bytes: int) -> None:
+        count = self.slab_bytes // slot_bytes
+        self._size[slab] = slot_bytes
+        self._owners[slab] = array("I", [NOBODY]) * count
+        self._free[slab] = list(range(count - 1, -1, -1))
+        self._open.setdefault(slot_bytes, {})[slab] = None
+
+    def _unassign(self, slab: int) -> None:
+        self._open[self._size[slab]].pop(slab, None)
+        self._size[slab] = 0
+        self._free[slab] = []
+        self._owners[slab] = array("I")
+        self._unassigned.append(slab)

@@ -1,0 +1,245 @@
+"""The brain of one tenant: it decides and does nothing else.
+
+No I/O, threads, clock or randomness: what happened comes in as calls (`now`, in seconds, is an
+argument), what is to be done goes out as `Orders`. One thread calls it. Bytes are never touched.
+
+    reserve -> commit | abort       new blocks: a write lease on free slots, then visible, or gone
+    acquire -> release              resident blocks: a read lease on the longest prefix to be had
+    finished                        a move has ended
+    tick                            time has passed
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from kvstore.catalog import LOADING, NOWHERE, READY, SPILLING, STORED, WRITING, LayoutEntry
+from kvstore.errors import InvalidLayout, LimitExceeded
+from kvstore.eviction.base import Policy
+from kvstore.leases import ReadLease, Session, Sessions, WriteLease
+from kvstore.orders import Move, MoveKind, Orders, Outcome
+from kvstore.placement import Placement, PlacementConfig
+from kvstore.reads import Reads
+from kvstore.types import DRAM, NVME, Layout
+from kvstore.writes import Reserved, Writes
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Bounds that keep one client from taking everything."""
+
+    leases_per_session: int = 4_096
+    sessions: int = 1_024
+    layouts: int = 256
+
+
+class Store:
+    """One tenant's blocks, sessions and leases."""
+
+    def __init__(
+        self, config: PlacementConfig, limits: Limits, make_policy: Callable[[], Policy]
+    ) -> None:
+        self.limits = limits
+        self.placement = Placement(config, make_policy)
+        self.room = self.placement.room
+        self.catalog = self.placement.catalog
+        self.counters = self.placement.counters
+        self.sessions = Sessions(limits.leases_per_session)
+        self._writes = Writes(self.placement, self.sessions)
+        self._reads = Reads(self.placement, self.sessions)
+        self.commit = self._writes.commit
+        self.abort = self._writes.abort
+        self.acquire = self._reads.acquire
+        self.release = self._reads.release
+        self.cut = self._reads.cut
+
+    # -- sessions and layouts ------------------------------------------------------------------
+
+    def attach(self, name: str) -> Session:
+        """A client has connected."""
+        if len(self.sessions) >= self.limits.sessions:
+            raise LimitExceeded(
+                f"{len(self.sessions)} clients are connected, the most that limits.sessions "
+                "allows: close some, or raise it"
+            )
+        return self.sessions.attach(name)
+
+    def detach(self, session: Session, now: float) -> list[int]:
+        """A client has gone. Its read leases end; returns the blocks that it was writing, whose
+        slots stay as they are until `unquarantine`: its processes may still write."""
+        quarantined: list[int] = []
+        for lease in self.sessions.detach(session):
+            if isinstance(lease, WriteLease):
+                quarantined += self._writes.abandon(lease)
+            else:
+                self._reads.end(lease)
+        for block in quarantined:
+            self.room.doom(block, "quarantined")  # another client may store the key meanwhile
+        self.counters.quarantined += len(quarantined)
+        return quarantined
+
+    def unquarantine(self, blocks: Sequence[int], now: float) -> None:
+        """Nobody can write these blocks any more."""
+        self.counters.quarantined -= len(blocks)
+        self.placement.unwrite(blocks)
+        self.room.orders.room = True
+
+    def open(self, layout: Layout) -> LayoutEntry:
+        """The entry of a layout. Raises InvalidLayout or LimitExceeded where it cannot be had."""
+        dram = self.room.dram
+        if not dram.fits(layout.slot_bytes):
+            raise InvalidLayout(
+                f"a block of layout {layout.model!r} takes {layout.slot_bytes} bytes, a slab of "
+                f"this daemon holds {dram.slab_bytes if dram.slab_count else 0}: raise "
+                "dram.slab_size (and dram.size), or use fewer tokens per block"
+            )
+        known = len(self.catalog.layouts)
+        if known >= self.limits.layouts and all(e.layout != layout for e in self.catalog.layouts):
+            raise LimitExceeded(
+                f"{known} layouts are open, the most that limits.layouts allows: use those, or "
+                "raise it"
+            )
+        return self.catalog.open(layout)
+
+    # -- asking --------------------------------------------------------------------------------
+
+    def lookup(self, entry: LayoutEntry, keys: Sequence[bytes]) -> bytes:
+        """The tier of each block of the longest resident prefix. Changes nothing."""
+        flags, get = self.catalog.flags, entry.index.get
+        stored = STORED if self.placement.health.ok else 0
+        tiers = bytearray()
+        for key in keys:
+            block = get(key)
+            if block is None or not flags[block] & (READY | stored):
+                break
+            tiers.append(DRAM if flags[block] & READY else NVME)
+        return bytes(tiers)
+
+    def reserve(
+        self,
+        session: Session,
+        entry: LayoutEntry,
+        keys: Sequence[bytes],
+        now: float,
+        *,
+        shard: int | None = None,
+        force: bool = False,
+    ) -> Reserved:
+        """See Writes.reserve; that the keys were asked for is noted here."""
+        reserved = self._writes.reserve(session, entry, keys, now, shard=shard, force=force)
+        if reserved.present:
+            self._reads.notes.append(reserved.present)
+        return reserved
+
+    def prefetch(self, entry: LayoutEntry, keys: Sequence[bytes], now: float) -> int:
+        """Order the stored blocks of the longest resident prefix up; returns how many."""
+        flags, ordered = self.catalog.flags, 0
+        for key in keys:
+            block = entry.index.get(key)
+            if block is None or not flags[block] & (READY | STORED):
+                break
+            if flags[block] & (READY | LOADING | WRITING):
+                continue
+            if not self.placement.health.ok or not self.placement.load(block, now, demand=False):
+                break
+            ordered += 1
+        return ordered
+
+    # -- keeping and dropping ------------------------------------------------------------------
+
+    def retain(
+        self, entry: LayoutEntry, keys: Sequence[bytes], priority: int, until: float | None
+    ) -> int:
+        """Keep resident blocks from eviction; returns how many are kept."""
+        found = [entry.index[key] for key in keys if key in entry.index]
+        return sum(self.room.retention.retain(block, priority, until) for block in found)
+
+    def forget(self, entry: LayoutEntry, keys: Sequence[bytes]) -> int:
+        """Drop blocks from all tiers; returns how many were there."""
+        found = [entry.index[key] for key in keys if key in entry.index]
+        for block in found:
+            self.room.doom(block, "forgotten")
+        return len(found)
+
+    def clear(self) -> int:
+        """Drop every block; returns how many there were."""
+        found = [block for entry in self.catalog.layouts for block in entry.index.values()]
+        for block in found:
+            self.room.doom(block, "cleared")
+        return len(found)
+
+    # -- what happened -------------------------------------------------------------------------
+
+    def finished(self, move: Move, outcome: Outcome, now: float) -> None:
+        """A move has ended, `move.seconds` after it was ordered."""
+        self._reads.finished(move, outcome, now)
+
+    def digest(self, now: float) -> None:
+        """Tell the policies of accesses since the last time; done after answering, never before."""
+        if not self._reads.notes:
+            return
+        notes, self._reads.notes = self._reads.notes, []
+        keys = self.catalog.keys
+        for blocks in notes:
+            known = [block for block in blocks if keys[block] is not None]
+            if known:
+                self.placement.touch(known, now)
+        self.placement.pump(now)
+
+    def tick(self, now: float) -> None:
+        """Time has passed: probe what is fenced, go on with what a budget held back."""
+        if self.placement.health.take_probe(now):
+            self.room.orders.moves.append(Move(MoveKind.PROBE, 0, None, b"", 0, 0))
+        self.placement.pump(now)
+
+    def save_all(self, now: float) -> None:
+        """The daemon is about to stop: queue every copy that is due."""
+        if self.placement.write_policy != "second-touch":
+            self.placement.save_all(now)
+
+    def take_orders(self) -> Orders:
+        """What is to be done since the last call."""
+        orders = self.room.orders
+        self.room.orders = Orders()
+        return orders
+
+    def adopt(
+        self, layout: Layout, keys: list[bytes], offsets: list[int], sums: list[bytes], now: float
+    ) -> int:
+        """Blocks found on NVMe after a restart, oldest first; returns how many could be seated."""
+        entry = self.catalog.open(layout)
+        slots = self.room.nvme
+        rows = self.catalog.load(entry, keys, offsets, sums)
+        pages = self.catalog.nvme[rows.start : rows.stop]
+        seated = slots.adopt(pages, entry.slot_bytes, rows)
+        good = [row for row, ok in zip(rows, seated, strict=True) if ok]
+        # Admitted in prefix order the last is coldest; here the first, the oldest, is to be.
+        self.room.policy(NVME, entry.slot_bytes).admit(good[::-1], now)
+        if len(good) < len(rows):
+            for row, ok in zip(rows, seated, strict=True):
+                if not ok:
+                    self.room.orders.index.setdefault(self.catalog.nvme[row], None)
+                    self.catalog.nvme[row] = NOWHERE
+                    self.catalog.drop(row)
+        return len(good)
+
+    def check(self) -> None:
+        """Asserts what must hold between calls. For tests: it looks at everything."""
+        self.room.check()
+        pins = [0] * len(self.catalog.keys)
+        writing: set[int] = set()
+        for session in self.sessions:
+            for lease in session.leases.values():
+                if isinstance(lease, ReadLease):
+                    for block in lease.blocks:
+                        pins[block] += 1
+                else:
+                    for block in lease.blocks:
+                        assert self.catalog.flags[block] & WRITING
+                        assert lease.shard is not None or block not in writing
+                        writing.add(block)
+        for block, flags in enumerate(self.catalog.flags):
+            spilling = 1 if flags & SPILLING else 0
+            assert self.catalog.pins[block] == pins[block] + spilling, f"pins of block {block}"
+        assert self.counters.asked == self.counters.hit + self.counters.miss

@@ -1,0 +1,333 @@
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Verb(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    VERB_UNSPECIFIED: _ClassVar[Verb]
+    ATTACH: _ClassVar[Verb]
+    OPEN: _ClassVar[Verb]
+    LOOKUP: _ClassVar[Verb]
+    RESERVE: _ClassVar[Verb]
+    COMMIT: _ClassVar[Verb]
+    ABORT: _ClassVar[Verb]
+    ACQUIRE: _ClassVar[Verb]
+    RELEASE: _ClassVar[Verb]
+    PREFETCH: _ClassVar[Verb]
+    RETAIN: _ClassVar[Verb]
+    FORGET: _ClassVar[Verb]
+    STATS: _ClassVar[Verb]
+    CLEAR: _ClassVar[Verb]
+    VERIFY: _ClassVar[Verb]
+VERB_UNSPECIFIED: Verb
+ATTACH: Verb
+OPEN: Verb
+LOOKUP: Verb
+RESERVE: Verb
+COMMIT: Verb
+ABORT: Verb
+ACQUIRE: Verb
+RELEASE: Verb
+PREFETCH: Verb
+RETAIN: Verb
+FORGET: Verb
+STATS: Verb
+CLEAR: Verb
+VERIFY: Verb
+
+class ErrorReply(_message.Message):
+    __slots__ = ("error", "message")
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    error: str
+    message: str
+    def __init__(self, error: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+
+class AttachRequest(_message.Message):
+    __slots__ = ("protocol", "client", "pid")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    client: str
+    pid: int
+    def __init__(self, protocol: _Optional[int] = ..., client: _Optional[str] = ..., pid: _Optional[int] = ...) -> None: ...
+
+class AttachReply(_message.Message):
+    __slots__ = ("protocol", "version", "tenant", "generation", "token", "arena_path", "arena_bytes", "arena_inode", "keys_max", "leases_max")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    ARENA_PATH_FIELD_NUMBER: _ClassVar[int]
+    ARENA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ARENA_INODE_FIELD_NUMBER: _ClassVar[int]
+    KEYS_MAX_FIELD_NUMBER: _ClassVar[int]
+    LEASES_MAX_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    version: str
+    tenant: str
+    generation: int
+    token: bytes
+    arena_path: str
+    arena_bytes: int
+    arena_inode: int
+    keys_max: int
+    leases_max: int
+    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., tenant: _Optional[str] = ..., generation: _Optional[int] = ..., token: _Optional[bytes] = ..., arena_path: _Optional[str] = ..., arena_bytes: _Optional[int] = ..., arena_inode: _Optional[int] = ..., keys_max: _Optional[int] = ..., leases_max: _Optional[int] = ...) -> None: ...
+
+class LayoutMessage(_message.Message):
+    __slots__ = ("model", "engine", "dtype", "block_tokens", "shards", "shard_bytes")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    SHARD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    engine: str
+    dtype: str
+    block_tokens: int
+    shards: int
+    shard_bytes: int
+    def __init__(self, model: _Optional[str] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., block_tokens: _Optional[int] = ..., shards: _Optional[int] = ..., shard_bytes: _Optional[int] = ...) -> None: ...
+
+class OpenRequest(_message.Message):
+    __slots__ = ("layout",)
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    layout: LayoutMessage
+    def __init__(self, layout: _Optional[_Union[LayoutMessage, _Mapping]] = ...) -> None: ...
+
+class OpenReply(_message.Message):
+    __slots__ = ("layout", "slot_bytes")
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    layout: int
+    slot_bytes: int
+    def __init__(self, layout: _Optional[int] = ..., slot_bytes: _Optional[int] = ...) -> None: ...
+
+class Keys(_message.Message):
+    __slots__ = ("layout", "hash_bytes", "hashes")
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    HASH_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HASHES_FIELD_NUMBER: _ClassVar[int]
+    layout: int
+    hash_bytes: int
+    hashes: bytes
+    def __init__(self, layout: _Optional[int] = ..., hash_bytes: _Optional[int] = ..., hashes: _Optional[bytes] = ...) -> None: ...
+
+class Hints(_message.Message):
+    __slots__ = ("reuse", "finish_reason", "tag")
+    class Reuse(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        UNKNOWN: _ClassVar[Hints.Reuse]
+        CONTINUE: _ClassVar[Hints.Reuse]
+        DONE: _ClassVar[Hints.Reuse]
+    UNKNOWN: Hints.Reuse
+    CONTINUE: Hints.Reuse
+    DONE: Hints.Reuse
+    REUSE_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    TAG_FIELD_NUMBER: _ClassVar[int]
+    reuse: Hints.Reuse
+    finish_reason: str
+    tag: str
+    def __init__(self, reuse: _Optional[_Union[Hints.Reuse, str]] = ..., finish_reason: _Optional[str] = ..., tag: _Optional[str] = ...) -> None: ...
+
+class LookupRequest(_message.Message):
+    __slots__ = ("keys",)
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    keys: Keys
+    def __init__(self, keys: _Optional[_Union[Keys, _Mapping]] = ...) -> None: ...
+
+class LookupReply(_message.Message):
+    __slots__ = ("length", "tiers")
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    length: int
+    tiers: bytes
+    def __init__(self, length: _Optional[int] = ..., tiers: _Optional[bytes] = ...) -> None: ...
+
+class ReserveRequest(_message.Message):
+    __slots__ = ("keys", "shard", "parent", "hints", "deadline_s")
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    HINTS_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    keys: Keys
+    shard: int
+    parent: bytes
+    hints: Hints
+    deadline_s: float
+    def __init__(self, keys: _Optional[_Union[Keys, _Mapping]] = ..., shard: _Optional[int] = ..., parent: _Optional[bytes] = ..., hints: _Optional[_Union[Hints, _Mapping]] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+
+class ReserveReply(_message.Message):
+    __slots__ = ("lease", "status", "offsets")
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    lease: int
+    status: bytes
+    offsets: bytes
+    def __init__(self, lease: _Optional[int] = ..., status: _Optional[bytes] = ..., offsets: _Optional[bytes] = ...) -> None: ...
+
+class CommitRequest(_message.Message):
+    __slots__ = ("lease",)
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    lease: int
+    def __init__(self, lease: _Optional[int] = ...) -> None: ...
+
+class CommitReply(_message.Message):
+    __slots__ = ("held", "stored")
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    held: bool
+    stored: int
+    def __init__(self, held: bool = ..., stored: _Optional[int] = ...) -> None: ...
+
+class AbortRequest(_message.Message):
+    __slots__ = ("lease",)
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    lease: int
+    def __init__(self, lease: _Optional[int] = ...) -> None: ...
+
+class AbortReply(_message.Message):
+    __slots__ = ("held",)
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    held: bool
+    def __init__(self, held: bool = ...) -> None: ...
+
+class AcquireRequest(_message.Message):
+    __slots__ = ("keys", "deadline_s", "prefill_tokens_per_s", "enough")
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    ENOUGH_FIELD_NUMBER: _ClassVar[int]
+    keys: Keys
+    deadline_s: float
+    prefill_tokens_per_s: float
+    enough: int
+    def __init__(self, keys: _Optional[_Union[Keys, _Mapping]] = ..., deadline_s: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., enough: _Optional[int] = ...) -> None: ...
+
+class AcquireReply(_message.Message):
+    __slots__ = ("lease", "length", "tiers", "offsets", "stop", "estimate_s")
+    class Stop(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        END: _ClassVar[AcquireReply.Stop]
+        ABSENT: _ClassVar[AcquireReply.Stop]
+        PENDING: _ClassVar[AcquireReply.Stop]
+        LATE: _ClassVar[AcquireReply.Stop]
+        NO_ROOM: _ClassVar[AcquireReply.Stop]
+        TOO_SLOW: _ClassVar[AcquireReply.Stop]
+        FAILED: _ClassVar[AcquireReply.Stop]
+    END: AcquireReply.Stop
+    ABSENT: AcquireReply.Stop
+    PENDING: AcquireReply.Stop
+    LATE: AcquireReply.Stop
+    NO_ROOM: AcquireReply.Stop
+    TOO_SLOW: AcquireReply.Stop
+    FAILED: AcquireReply.Stop
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATE_S_FIELD_NUMBER: _ClassVar[int]
+    lease: int
+    length: int
+    tiers: bytes
+    offsets: bytes
+    stop: AcquireReply.Stop
+    estimate_s: float
+    def __init__(self, lease: _Optional[int] = ..., length: _Optional[int] = ..., tiers: _Optional[bytes] = ..., offsets: _Optional[bytes] = ..., stop: _Optional[_Union[AcquireReply.Stop, str]] = ..., estimate_s: _Optional[float] = ...) -> None: ...
+
+class ReleaseRequest(_message.Message):
+    __slots__ = ("lease",)
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    lease: int
+    def __init__(self, lease: _Optional[int] = ...) -> None: ...
+
+class ReleaseReply(_message.Message):
+    __slots__ = ("held",)
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    held: bool
+    def __init__(self, held: bool = ...) -> None: ...
+
+class PrefetchRequest(_message.Message):
+    __slots__ = ("keys",)
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    keys: Keys
+    def __init__(self, keys: _Optional[_Union[Keys, _Mapping]] = ...) -> None: ...
+
+class PrefetchReply(_message.Message):
+    __slots__ = ("ordered",)
+    ORDERED_FIELD_NUMBER: _ClassVar[int]
+    ordered: int
+    def __init__(self, ordered: _Optional[int] = ...) -> None: ...
+
+class RetainRequest(_message.Message):
+    __slots__ = ("keys", "priority", "ttl_s")
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    TTL_S_FIELD_NUMBER: _ClassVar[int]
+    keys: Keys
+    priority: int
+    ttl_s: float
+    def __init__(self, keys: _Optional[_Union[Keys, _Mapping]] = ..., priority: _Optional[int] = ..., ttl_s: _Optional[float] = ...) -> None: ...
+
+class RetainReply(_message.Message):
+    __slots__ = ("retained",)
+    RETAINED_FIELD_NUMBER: _ClassVar[int]
+    retained: int
+    def __init__(self, retained: _Optional[int] = ...) -> None: ...
+
+class ForgetRequest(_message.Message):
+    __slots__ = ("keys",)
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    keys: Keys
+    def __init__(self, keys: _Optional[_Union[Keys, _Mapping]] = ...) -> None: ...
+
+class ForgetReply(_message.Message):
+    __slots__ = ("forgotten",)
+    FORGOTTEN_FIELD_NUMBER: _ClassVar[int]
+    forgotten: int
+    def __init__(self, forgotten: _Optional[int] = ...) -> None: ...
+
+class StatsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StatsReply(_message.Message):
+    __slots__ = ("json",)
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    json: bytes
+    def __init__(self, json: _Optional[bytes] = ...) -> None: ...
+
+class ClearRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ClearReply(_message.Message):
+    __slots__ = ("forgotten",)
+    FORGOTTEN_FIELD_NUMBER: _ClassVar[int]
+    forgotten: int
+    def __init__(self, forgotten: _Optional[int] = ...) -> None: ...
+
+class VerifyRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class VerifyReply(_message.Message):
+    __slots__ = ("checked", "damaged", "skipped")
+    CHECKED_FIELD_NUMBER: _ClassVar[int]
+    DAMAGED_FIELD_NUMBER: _ClassVar[int]
+    SKIPPED_FIELD_NUMBER: _ClassVar[int]
+    checked: int
+    damaged: int
+    skipped: int
+    def __init__(self, checked: _Optional[int] = ..., damaged: _Optional[int] = ..., skipped: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,1 @@
+"""The demonstration: a real model prefills, offloads, restarts, reloads; `make demo` runs it."""

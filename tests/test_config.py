@@ -1,0 +1,499 @@
+"""The configuration: what is read, what is refused, and that every refusal says what to do."""
+
+from __future__ import annotations
+
+import copy
+import grp
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pydantic
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvstore import config
+from kvstore.config import Config, format_size, parse_duration, parse_rate, parse_size
+from kvstore.errors import InvalidConfig
+from kvstore.types import GIB, KIB, MIB
+
+Parser = Callable[[object], object]
+
+# The example of the public surface, less [[hbm]] and shrunk to fit into any host.
+EXAMPLE = """
+daemon = { run_dir = "/run/kvstore" }
+dram = { size = "64 MiB", path = "DRAM", hugepages = false, preallocate = true }
+eviction = { policy = "relevance", idle_after = "10 min" }
+metrics = { listen = "127.0.0.1:9420" }
+[nvme]
+paths = ["NVME"]
+size = "128 MiB"
+engine = "auto"
+write_policy = "through"
+write_budget = "unlimited"
+sync_interval = "1 s"
+[tenants.default]
+group = ""
+dram_quota = "100%"
+nvme_quota = "100%"
+"""
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> dict[str, Any]:
+    """A small configuration that every host can run."""
+    return {
+        "daemon": {"run_dir": "/run/kv"},
+        "dram": {"path": str(tmp_path / "shm"), "size": "64 MiB"},
+        "nvme": {"paths": [str(tmp_path / "disk")], "size": "128 MiB"},
+    }
+
+
+@pytest.fixture
+def small_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file system has 1 GiB in all and 100 MiB free."""
+    monkeypatch.setattr(config, "room", lambda path: (GIB, 100 * MIB))
+
+
+def good(
+    base: dict[str, Any], change: Mapping[str, Any], environ: dict[str, str] | None = None
+) -> Config:
+    tree = copy.deepcopy(base)
+    for section, keys in copy.deepcopy(dict(change)).items():
+        if isinstance(keys, dict) and section != "tenants":
+            tree.setdefault(section, {}).update(keys)
+        else:
+            tree[section] = keys
+    return config.parse(tree, environ or {}, "f.toml")
+
+
+def refused(
+    base: dict[str, Any], change: Mapping[str, Any], environ: dict[str, str] | None = None
+) -> str:
+    """The one line with which it is refused."""
+    with pytest.raises(InvalidConfig) as caught:
+        good(base, change, environ)
+    line = str(caught.value)
+    assert "\n" not in line and len(line) < 800
+    return line
+
+
+# --- values --------------------------------------------------------------------------------------
+
+
+# fmt: off
+READ: dict[Parser, dict[Any, Any]] = {
+    parse_size: {
+        "64 GiB": 64 * GIB, "512MiB": 512 * MIB, "0": 0, 0: 0, 4096: 4096, "4096": 4096,
+        "4096 B": 4096, "1.5 TiB": 1536 * GIB, "0.5 KiB": 512, "1 kB": 1000, "500 GB": 500 * 10**9,
+        "2 PiB": 2 << 50, " 3 gib ": 3 * GIB, (1 << 63) - 1: (1 << 63) - 1,
+    },
+    parse_duration: {
+        "10 min": 600.0, "1 s": 1.0, "250 ms": 0.25, "2 h": 7200.0, "1 d": 86_400.0, 0.5: 0.5,
+        3: 3.0, "7": 7.0, "1.5h": 5400.0, 0: 0.0,
+    },
+    parse_rate: {
+        "unlimited": None, "Unlimited": None, "2 TiB/day": (2 << 40) / 86_400, "86400 B/d": 1.0,
+        "500 MB/s": 5e8, "1 GiB / h": GIB / 3600, "60 KiB/min": float(KIB),
+    },
+}
+REFUSED: dict[Parser, list[Any]] = {
+    parse_size: [
+        "", "GiB", "64 G", "64 XB", "1e9", "0.3 B", "-1", "-1 GiB", -1, 1.5, True, None, [],
+        "1 B x", 1 << 63, "9" * 31, "8192 PiB", float("nan"), float("inf"), "\u0663 GiB", "1. GiB",
+    ],
+    parse_duration: [
+        "", "soon", "1 week", "-1 s", -1, "11000 d", 1e300, float("inf"), float("nan"), True,
+    ],
+    parse_rate: ["2 TiB", "x/day", "2 TiB/", "/s", 7, None, "2 TiB/year"],
+}
+SLABS = {
+    "8 MiB": MIB, "12 MiB": MIB, "16 MiB": 2 * MIB, "500 MiB": 32 * MIB, "512 MiB": 64 * MIB,
+    "1000 MiB": 64 * MIB, "4 GiB": 64 * MIB,
+}
+ADDRESSES = {
+    "": None, "0.0.0.0:1": ("0.0.0.0", 1), "[::1]:94": ("::1", 94), "localhost:0": ("localhost", 0),
+}
+ENVIRON = {
+    "DAEMON_RUN_DIR": "/run/other", "DAEMON_LOG_LEVEL": "debug", "DAEMON_LOG_FORMAT": "json",
+    "DAEMON_DRAIN_TIMEOUT": "5", "DRAM_PATH": "/dev/shm/other", "DRAM_SIZE": "32 MiB",
+    "DRAM_HUGEPAGES": "true", "DRAM_PREALLOCATE": "False", "DRAM_SLAB_SIZE": "2097152",
+    "NVME_PATHS": "/mnt/a, /mnt/b", "NVME_SIZE": "67108864", "NVME_ENGINE": "posix",
+    "NVME_WRITE_POLICY": "on-evict", "NVME_WRITE_BUDGET": "1 MiB/s", "NVME_SYNC_INTERVAL": "250 ms",
+    "NVME_THREADS": "2", "NVME_QUEUE_DEPTH": "3", "EVICTION_POLICY": "lru",
+    "EVICTION_IDLE_AFTER": "1 h", "METRICS_LISTEN": "", "LIMITS_KEYS_PER_CALL": "10",
+    "LIMITS_LEASES_PER_SESSION": "11", "LIMITS_SESSIONS": "12", "LIMITS_LAYOUTS": "13",
+    "TENANTS_DEFAULT_GROUP": "", "TENANTS_DEFAULT_DRAM_QUOTA": "50%",
+    "TENANTS_DEFAULT_NVME_QUOTA": "8 MiB",
+}
+BAD_VARIABLES = [
+    ("NVME_SIZ", "1", ["nvme.siz = '1'", "did you mean size?"]),
+    ("NVME_SIZE", "lots", ["nvme.size = 'lots'", '"64 GiB"']),
+    ("HBM_SIZE", "1", ["hbm.size = '1'", "is unknown"]),
+    ("DRAM_HUGEPAGES", "maybe", ["dram.hugepages = 'maybe'", "true or false"]),
+    ("LIMITS_SESSIONS", "x", ["limits.sessions = 'x'", "1 to 65536"]),
+    ("NVME_PATHS", "a,b", ["nvme.paths", "absolute path"]),
+    ("TENANTS_X_QUOTA", "1", ["tenants.x_quota = '1'", "did you mean"]),
+]
+HOST = [  # what the tree is, and the words its refusal must hold
+    ({"dram": {"sise": "1"}}, ["f.toml: dram.sise = '1'", "did you mean size?"]),
+    ({"dram": {"colour": "red"}}, ["dram.colour = 'red'", "known are path, size, hugepages"]),
+    ({"drum": {"size": "1"}}, ["f.toml: drum", "did you mean dram?"]),
+    ({"tenants": {"default": {"quota": "1%"}}}, ["tenants.default.quota", "did you mean"]),
+    ({"dram": {"size": "64 gigs"}}, ["dram.size = '64 gigs'", "is not a size", '"64 GiB"']),
+    ({"dram": {"size": -5}}, ["dram.size = -5", "from 0 to 8 EiB"]),
+    ({"dram": {"size": "4 MiB"}}, ["dram.size = 4 MiB", "too small", "at least 8 MiB"]),
+    ({"dram": {"size": "0"}}, ["dram.size = 0", "at least 8 MiB"]),
+    ({"dram": {"size": "2 GiB"}}, ["dram.size = 2 GiB", "can hold 1024 MiB", "give less"]),
+    ({"dram": {"hugepages": "yes"}}, ["dram.hugepages = 'yes'", "boolean", "write true or false"]),
+    ({"dram": {"path": "shm"}}, ["dram.path = 'shm'", "absolute path", "from the root"]),
+    ({"dram": {"path": "/a\0b"}}, ["dram.path", "absolute path"]),
+    ({"dram": {"slab_size": "3 MiB"}}, ["dram.slab_size = '3 MiB'", "power of two", '"64 MiB"']),
+    ({"dram": {"slab_size": "2 KiB"}}, ["dram.slab_size", "4 KiB or more"]),
+    ({"dram": {"slab_size": "0"}}, ["dram.slab_size", "4 KiB or more"]),
+    ({"dram": {"slab_size": "64 MiB"}}, ["dram.slab_size = 64 MiB", "two are more than dram.size"]),
+    ({"nvme": {"size": "2 GiB"}}, ["nvme.size = 2 GiB", "can hold 1024 MiB in all", "give less"]),
+    ({"nvme": {"paths": []}}, ["nvme.paths = []", "name one", 'nvme.size = "0"']),
+    ({"nvme": {"paths": "/a"}}, ["nvme.paths = '/a'", "is not a list", '["/mnt/nvme0"']),
+    ({"nvme": {"paths": ["/a", "/a/"]}}, ["nvme.paths", "twice"]),
+    ({"nvme": {"size": "4 MiB"}}, ["nvme.size = 4 MiB", "two slabs of 8 MiB", "or 0"]),
+    ({"nvme": {"engine": "gds"}}, ["nvme.engine = 'gds'", '"gds" is not in this build', '"posix"']),
+    ({"nvme": {"engine": "uring"}}, ["nvme.engine = 'uring'", "'auto' or 'posix'"]),
+    ({"nvme": {"write_policy": "never"}}, ["nvme.write_policy = 'never'", "'second-touch'"]),
+    ({"nvme": {"write_budget": "2 TiB"}}, ["nvme.write_budget = '2 TiB'", '"2 TiB/day"']),
+    ({"nvme": {"write_budget": "0 B/s"}}, ["nvme.write_budget", 'nvme.size = "0"']),
+    ({"nvme": {"sync_interval": "0"}}, ["nvme.sync_interval", '"1 ms" to "1 h"']),
+    ({"nvme": {"threads": 0}}, ["nvme.threads = 0", "1 to 256"]),
+    ({"nvme": {"queue_depth": 1.5}}, ["nvme.queue_depth = 1.5", "1 to 65536"]),
+    ({"hbm": [{"device": 0, "size": "8 GiB"}]}, ["hbm", "no HBM tier is in this build yet"]),
+    ({"hbm": [{"size": "8 GiB"}]}, ["hbm.0.device", "required", "CUDA number"]),
+    ({"hbm": {"device": 0}}, ["hbm", "[[hbm]] tables"]),
+    ({"eviction": {"policy": "lfu"}}, ["eviction.policy = 'lfu'", "'lru' or 'relevance'"]),
+    ({"eviction": {"idle_after": "soon"}}, ["eviction.idle_after = 'soon'", '"10 min"']),
+    ({"metrics": {"listen": "9420"}}, ["metrics.listen = '9420'", '"127.0.0.1:9420"']),
+    ({"metrics": {"listen": "a b:1"}}, ["metrics.listen", '"" for off']),
+    ({"metrics": {"listen": "h:70000"}}, ["metrics.listen = h:70000", "1 to 65535"]),
+    ({"limits": {"keys_per_call": 65_537}}, ["limits.keys_per_call = 65537", "1 to 65536"]),
+    ({"limits": {"sessions": "9"}}, ["limits.sessions = '9'", "integer", "1 to 65536"]),
+    ({"daemon": {"log_level": "loud"}}, ["daemon.log_level = 'loud'", "'debug'", "one of these"]),
+    ({"daemon": {"run_dir": "/" + "r" * 90}}, ["daemon.run_dir", "Linux takes 107", "shorter"]),
+    ({"dram": 3}, ["f.toml: dram = 3", "write a table"]),
+    ({"tenants": {"a": 3}}, ["f.toml: tenants.a = 3", "write a table"]),
+    ({"tenants": {"A": {}}}, ["tenants.A = 'A'", "no tenant's name", "a-z, 0-9"]),
+    ({"tenants": {"../x": {}}}, ["tenants.../x = '../x'", "no tenant's name"]),
+    ({"tenants": {"a" * 33: {}}}, ["no tenant's name", "at most 31"]),
+    ({"tenants": {"_a": {}}}, ["no tenant's name", "use a letter or digit"]),
+    ({"tenants": {"a": {"group": "no-such-group"}}},
+     ["tenants.a.group = 'no-such-group'", "groupadd"]),
+    ({"tenants": {"a": {"group": 7}}}, ["tenants.a.group = 7", "a group's name"]),
+    ({"tenants": {"a": {"dram_quota": "101%"}}}, ["tenants.a.dram_quota = '101%'", "0 to 100"]),
+    ({"tenants": {"a": {"dram_quota": "half"}}}, ["tenants.a.dram_quota = 'half'", '"50%"']),
+    ({"tenants": {"a": {"dram_quota": "60%"}, "default": {"dram_quota": "32 MiB"}}},
+     ["tenants.a.dram_quota", "32 MiB + 60%", "more than 100 % of 64 MiB", "lower one"]),
+    ({"tenants": {"a": {"nvme_quota": "60%"}, "default": {"nvme_quota": "60%"}}},
+     ["tenants.a.nvme_quota", "60% + 60%", "more than 100 % of 128 MiB"]),
+    ({"tenants": {"a": {"dram_quota": "100%"}}},
+     ["tenants.default.dram_quota = not set", "less than one slab of 8 MiB", "lower the other"]),
+    ({"tenants": {"a": {"nvme_quota": "100%"}}},
+     ["tenants.default.nvme_quota = not set", "less than one slab"]),
+    ({"tenants": {"default": {"dram_quota": "0%"}, "a": {}}},
+     ["tenants.default.dram_quota = 0%", "less than one slab", "raise it"]),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("parser", READ)
+def test_values_are_read(parser: Parser) -> None:
+    for text, value in READ[parser].items():
+        assert parser(text) == value, text
+        assert type(parser(text)) is type(value), text
+
+
+@pytest.mark.parametrize("parser", REFUSED)
+def test_what_is_no_value_is_refused_with_the_remedy(parser: Parser) -> None:
+    for text in REFUSED[parser]:
+        with pytest.raises(ValueError, match=r"is not .*: write it like"):
+            parser(text)
+
+
+@given(st.integers(0, (1 << 63) - 1))
+def test_sizes_come_back_from_their_text(count: int) -> None:
+    assert parse_size(format_size(count)) == count
+
+
+@given(st.integers(0, 4095), st.sampled_from(["KiB", "MiB", "GiB", "TiB", "kB", "MB", "TB", "B"]))
+def test_sizes_with_a_unit_come_back_exactly(number: int, unit: str) -> None:
+    count = parse_size(f"{number} {unit}")
+    assert count == parse_size(f"{number}{unit.upper()}") == parse_size(f"{number}.0 {unit}")
+    assert parse_size(format_size(count)) == count
+
+
+@given(st.one_of(st.text(max_size=20), st.floats(), st.integers(), st.booleans(), st.none()))
+def test_no_value_breaks_a_parser(value: object) -> None:
+    for parser in (parse_size, parse_duration, parse_rate, config.Quota.parse):
+        try:
+            parser(value)
+        except ValueError as error:
+            assert ": " in str(error)
+
+
+# --- the tree ------------------------------------------------------------------------------------
+
+
+def test_no_file_gives_modest_defaults_for_this_host() -> None:
+    plain = config.load(None, {})
+    assert 8 * MIB <= plain.dram.size <= GIB
+    assert plain.nvme.size <= 4 * GIB
+    assert plain.tenant_dram_bytes("default") == plain.dram.size
+    assert plain.tenant_nvme_bytes("default") == plain.nvme.size
+    assert plain.warnings() == []
+
+
+def test_the_documented_example_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "kvstore.toml"
+    file.write_text(EXAMPLE.replace("DRAM", f"{tmp_path}/shm").replace("NVME", f"{tmp_path}/disk"))
+    read = config.load(file, {})
+    assert read.daemon.run_dir == Path("/run/kvstore")
+    assert (read.dram.size, read.dram.hugepages, read.dram.preallocate) == (64 * MIB, False, True)
+    assert read.nvme.paths == (tmp_path / "disk",)
+    assert (read.nvme.size, read.nvme.engine, read.nvme.threads) == (128 * MIB, "auto", 8)
+    assert (read.nvme.write_policy, read.nvme.write_budget) == ("through", None)
+    assert (read.nvme.sync_interval, read.eviction.idle_after) == (1.0, 600.0)
+    assert read.metrics.address == ("127.0.0.1", 9420)
+    assert (read.daemon.log_level, read.daemon.drain_timeout) == ("info", 30.0)
+    assert (read.limits.keys_per_call, read.limits.leases_per_session) == (65_536, 4096)
+    assert (read.limits.sessions, read.limits.layouts, read.nvme.queue_depth) == (1024, 256, 32)
+
+
+def test_the_tree_is_frozen(base: dict[str, Any]) -> None:
+    with pytest.raises(pydantic.ValidationError):
+        good(base, {}).dram.size = 1
+
+
+def test_the_automatic_sizes_are_a_quarter_of_what_is_free(
+    base: dict[str, Any], small_host: None
+) -> None:
+    read = good(base, {"dram": {"size": "auto"}, "nvme": {"size": "auto"}})
+    assert read.dram.size == 16 * MIB  # 25 MiB, as a power of two
+    assert read.nvme.size == 0  # less than two of the largest slabs is no tier
+
+
+def test_what_our_own_files_hold_counts_as_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert config.room(tmp_path / "a" / "b")[0] == config.room(tmp_path)[0] > 0
+    (tmp_path / "arena").write_bytes(b"x")
+    stat = SimpleNamespace(f_blocks=100, f_bavail=50, f_frsize=4096)
+    monkeypatch.setattr(os, "statvfs", lambda path: stat)
+    held = (tmp_path / "arena").stat().st_blocks * 512
+    assert config.room(tmp_path) == (409_600, 204_800 + held)
+
+
+def test_the_slab_is_an_eighth_or_a_sixteenth(
+    base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "room", lambda path: (64 * GIB, 64 * GIB))
+    for size, slab in SLABS.items():
+        assert good(base, {"dram": {"size": size}}).slab_bytes == slab
+        assert good(base, {"dram": {"size": size, "slab_size": "4 KiB"}}).slab_bytes == 4096
+
+
+def test_tenants_share_the_tiers(base: dict[str, Any]) -> None:
+    tenants = {
+        "default": {"dram_quota": "25%", "nvme_quota": "0%"},
+        "team-a": {"dram_quota": "33.4%", "nvme_quota": "50%"},
+        "team_b": {"dram_quota": "10 MiB"},
+    }
+    read = good(base, {"dram": {"slab_size": "1 MiB"}, "tenants": tenants})
+    assert read.tenant_dram_bytes("default") == 16 * MIB
+    assert read.tenant_dram_bytes("team-a") == 21 * MIB  # 21.376, in whole slabs
+    assert read.tenant_dram_bytes("team_b") == 10 * MIB
+    assert read.tenant_nvme_bytes("default") == 0
+    assert read.tenant_nvme_bytes("team-a") == read.tenant_nvme_bytes("team_b") == 64 * MIB
+
+
+def test_default_is_always_there_and_gets_what_is_left(base: dict[str, Any]) -> None:
+    read = good(base, {"tenants": {"a": {"dram_quota": "75%", "nvme_quota": "25%"}}})
+    assert [read.tenant_dram_bytes(one) for one in ("a", "default")] == [48 * MIB, 16 * MIB]
+    assert [read.tenant_nvme_bytes(one) for one in ("a", "default")] == [32 * MIB, 96 * MIB]
+
+
+def test_a_group_of_this_host_is_taken(base: dict[str, Any]) -> None:
+    name = grp.getgrall()[0].gr_name
+    assert good(base, {"tenants": {"default": {"group": name}}}).tenants["default"].group == name
+
+
+def test_metrics_addresses(base: dict[str, Any]) -> None:
+    for listen, address in ADDRESSES.items():
+        assert good(base, {"metrics": {"listen": listen}}).metrics.address == address
+
+
+def test_tiers_of_size_zero(base: dict[str, Any]) -> None:
+    assert good(base, {"hbm": [{"device": 0, "size": "0"}]}).hbm[0].device == 0
+    for change in ({"size": "0"}, {"size": 0, "paths": []}, {"size": "auto", "paths": []}):
+        read = good(base, {"nvme": change, "tenants": {"a": {"dram_quota": "50%"}}})
+        assert read.nvme.size == read.tenant_nvme_bytes("a") == 0
+
+
+# --- the environment -----------------------------------------------------------------------------
+
+
+def test_every_key_has_a_variable(base: dict[str, Any]) -> None:
+    keys = {
+        f"{section}_{key}".upper()
+        for section, model in config._SECTIONS.items()
+        for key in model.model_fields
+        if section not in ("hbm", "tenants")
+    }
+    assert keys < set(ENVIRON)
+    read = good(base, {}, {f"KVSTORE_{key}": value for key, value in ENVIRON.items()})
+    daemon, dram, nvme, limits = read.daemon, read.dram, read.nvme, read.limits
+    assert (str(daemon.run_dir), daemon.log_level) == ("/run/other", "debug")
+    assert (daemon.log_format, daemon.drain_timeout) == ("json", 5.0)
+    assert (dram.size, dram.slab_size) == (32 * MIB, 2 * MIB)
+    assert (str(dram.path), dram.hugepages, dram.preallocate) == ("/dev/shm/other", True, False)
+    assert (nvme.paths, nvme.size) == ((Path("/mnt/a"), Path("/mnt/b")), 64 * MIB)
+    assert (nvme.engine, nvme.write_policy, nvme.write_budget) == ("posix", "on-evict", MIB)
+    assert (nvme.sync_interval, nvme.threads, nvme.queue_depth) == (0.25, 2, 3)
+    assert (read.eviction.policy, read.eviction.idle_after) == ("lru", 3600.0)
+    assert read.metrics.address is None
+    assert list(limits.model_dump().values()) == [10, 11, 12, 13]
+    assert read.tenant_dram_bytes("default") == 16 * MIB
+    assert read.tenant_nvme_bytes("default") == 8 * MIB
+    assert "KVSTORE_NVME_SIZE" in read.describe()
+
+
+def test_a_variable_finds_the_tenant_with_a_dash_or_makes_one(base: dict[str, Any]) -> None:
+    file = {"tenants": {"team-a": {"dram_quota": "25%"}, "default": {"dram_quota": "25%"}}}
+    read = good(base, file, {"KVSTORE_TENANTS_TEAM_A_DRAM_QUOTA": "50%"})
+    assert sorted(read.tenants) == ["default", "team-a"]
+    assert read.tenant_dram_bytes("team-a") == 32 * MIB
+    made = good(base, {}, {"KVSTORE_TENANTS_TEAM_B_DRAM_QUOTA": "50%"})
+    assert sorted(made.tenants) == ["default", "team_b"]
+
+
+def test_variables_of_nobody_are_left_alone(base: dict[str, Any]) -> None:
+    environ = {"KVSTORE_SOCKET": "/x", "KVSTORE_TRACE_X": "1", "KVSTORE_DRAM": "1", "HOME": "/"}
+    assert good(base, {}, environ) == good(base, {})
+
+
+@pytest.mark.parametrize(("variable", "text", "words"), BAD_VARIABLES)
+def test_a_bad_variable_is_named(
+    base: dict[str, Any], variable: str, text: str, words: list[str]
+) -> None:
+    line = refused(base, {}, {f"KVSTORE_{variable}": text})
+    assert line.startswith(f"KVSTORE_{variable}: ")
+    assert all(word in line for word in words), line
+
+
+def test_a_variable_over_a_broken_section_blames_the_file(base: dict[str, Any]) -> None:
+    for broken in ({"nvme": 3}, {"tenants": 3}, {"tenants": {"a": 3}}):
+        environ = {"KVSTORE_NVME_SIZE": "1 MiB", "KVSTORE_TENANTS_A_GROUP": ""}
+        assert "f.toml: " in refused(base, broken, environ)
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small_host")
+@pytest.mark.parametrize(("change", "words"), HOST, ids=[str(change)[:50] for change, _ in HOST])
+def test_what_cannot_run_is_refused_by_name_with_the_remedy(
+    base: dict[str, Any], change: dict[str, Any], words: list[str]
+) -> None:
+    line = refused(base, change)
+    assert line.startswith("f.toml: ")
+    assert all(word in line for word in words), line
+
+
+def test_all_problems_come_in_one_line(base: dict[str, Any]) -> None:
+    line = refused(
+        base, {"dram": {"size": "x"}, "nvme": {"sise": 1}}, {"KVSTORE_LIMITS_SESSIONS": "-1"}
+    )
+    parts = line.split("; ")
+    assert len(parts) == 3
+    assert any(part.startswith("KVSTORE_LIMITS_SESSIONS: limits.sessions = -1") for part in parts)
+
+
+def test_a_value_of_many_lines_stays_one_short_line(base: dict[str, Any]) -> None:
+    assert "dram.size" in refused(base, {"dram": {"size": "a\nb" * 1000}})
+
+
+def test_a_file_that_is_not_there_or_not_toml(tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfig, match=r"gone\.toml: .*No such file.*: name a TOML file"):
+        config.load(tmp_path / "gone.toml", {})
+    file = tmp_path / "broken.toml"
+    file.write_text("[dram\nsize = 1")
+    with pytest.raises(InvalidConfig, match=r"broken\.toml: .*line 1"):
+        config.load(file, {})
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(InvalidConfig, match=r"broken\.toml: "):
+        config.load(file, {})
+    with pytest.raises(InvalidConfig, match=r"Is a directory"):
+        config.load(tmp_path, {})
+
+
+def test_the_file_is_named_in_its_errors(tmp_path: Path) -> None:
+    file = tmp_path / "kv.toml"
+    file.write_text('[nvme]\nsise = "1 TiB"\n')
+    with pytest.raises(InvalidConfig) as caught:
+        config.load(file, {})
+    assert str(caught.value) == f"{file}: nvme.sise = '1 TiB': is unknown: did you mean size?"
+
+
+# --- what else it says ---------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small_host")
+def test_what_is_doubtful_is_a_warning(base: dict[str, Any]) -> None:
+    quiet = good(base, {"nvme": {"size": "64 MiB"}, "eviction": {"policy": "lru"}})
+    assert quiet.warnings() == []
+    assert quiet.eviction.effective_policy == "lru"
+    asked = good(base, {"eviction": {"policy": "relevance"}})
+    disk, policy = asked.warnings()
+    assert "nvme.size = '128 MiB'" in disk and "only 100 MiB free" in disk
+    assert "relevance" in policy and "lru" in policy
+
+
+def test_the_description_names_what_would_run(base: dict[str, Any]) -> None:
+    text = good(base, {"tenants": {"a": {"dram_quota": "50%"}}}).describe()
+    assert "f.toml" in text and "dram.size = 64 MiB" in text and "eviction by lru" in text
+    assert "nvme.write_budget = unlimited" in text
+    assert "tenant default: dram 32 MiB, nvme 64 MiB, sockets /run/kv/default" in text
+    assert "tenants.a.dram_quota = 50%" in text
+
+
+def test_what_a_running_daemon_can_take_over(base: dict[str, Any]) -> None:
+    old = good(base, {})
+    assert config.reloadable_changes(old, good(base, {})) == ([], [])
+    new = good(
+        base,
+        {
+            "daemon": {"log_level": "debug"},
+            "nvme": {"write_policy": "on-evict", "write_budget": "1 GiB/h", "size": "64 MiB"},
+            "eviction": {"idle_after": 5},
+            "limits": {"sessions": 5},
+            "metrics": {"listen": ""},
+            "tenants": {"a": {"dram_quota": "50%"}},
+        },
+    )
+    changed, restart = config.reloadable_changes(old, new)
+    words = "daemon.log_level eviction.idle_after limits.sessions nvme.write_budget"
+    assert sorted(changed) == [*words.split(), "nvme.write_policy"]
+    tenant = ["tenants.a.dram_quota", "tenants.a.group"]
+    assert sorted(restart) == ["metrics.listen", "nvme.size", *tenant]
+    assert sorted(config.reloadable_changes(new, old)[1]) == sorted(restart)
+
+
+def test_an_automatic_size_that_follows_the_free_space_is_no_change(
+    base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del base["dram"]["size"], base["nvme"]["size"]
+    monkeypatch.setattr(config, "room", lambda path: (GIB, GIB))
+    old = good(base, {})
+    monkeypatch.setattr(config, "room", lambda path: (GIB, GIB // 4))
+    new = good(base, {})
+    assert old.dram.size != new.dram.size
+    assert config.reloadable_changes(old, new) == ([], [])

@@ -1,0 +1,131 @@
+"""The DRAM tier: one arena file in tmpfs or hugetlbfs, mapped here and by the clients of a tenant.
+
+The file outlives the process, so committed bytes survive its death. Who may open it is decided by
+the file's mode and group alone; what lies where is told by the slot table beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import stat
+from pathlib import Path
+
+from kvstore.tiers.base import ALIGNMENT, check_range, copy, flat, named
+
+FALLOCATE_BYTES = 1 << 30  # one call is restarted from its start by a signal, so it is kept short
+
+
+class DramArena:
+    """A tier whose bytes are also reachable as memory: `view` hands them out without a copy.
+
+    A client that maps the file can also truncate it (its mode lets the group write): then touching
+    the lost pages through a view kills the toucher with SIGBUS, while system calls on such a view
+    (NVMe reads and writes) fail with EFAULT.
+    """
+
+    name = "dram"
+
+    def __init__(self, path: Path, file: int) -> None:
+        """Maps an open file and takes it over; use `create` or `open`."""
+        self.path = path
+        try:
+            status = os.fstat(file)
+            if not stat.S_ISREG(status.st_mode) or not status.st_size:
+                raise OSError(errno.EINVAL, "not an arena: it is empty or no regular file")
+            if status.st_size % ALIGNMENT:
+                raise OSError(errno.EINVAL, f"not an arena: {status.st_size} bytes are no pages")
+            self.inode = status.st_ino
+            self.capacity_bytes = status.st_size
+            self._map = mmap.mmap(file, status.st_size)
+        except OSError as error:
+            raise named(error, path) from error
+        finally:
+            os.close(file)
+        self._bytes = memoryview(self._map)
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        size_bytes: int,
+        *,
+        mode: int = 0o660,
+        gid: int | None = None,
+        preallocate: bool = True,
+    ) -> DramArena:
+        """A new arena of zeros; an old file of that name is unlinked, and lives on in old maps.
+
+        Raises ValueError for an impossible size, OSError (ENOSPC) naming path, wanted and available
+        bytes when the filesystem has no room: touching an overcommitted tmpfs page is a SIGBUS.
+        """
+        if size_bytes <= 0 or size_bytes % ALIGNMENT:
+            raise ValueError(f"an arena of {size_bytes} bytes: give a multiple of {ALIGNMENT}")
+        scratch = path.with_name(path.name + ".new")
+        for old in (scratch, path):
+            old.unlink(missing_ok=True)
+        _check_room(path, size_bytes)
+        file = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        try:
+            os.ftruncate(file, size_bytes)
+            for start in range(0, size_bytes if preallocate else 0, FALLOCATE_BYTES):
+                os.posix_fallocate(file, start, min(FALLOCATE_BYTES, size_bytes - start))
+            if gid is not None:
+                os.fchown(file, -1, gid)
+            os.fchmod(file, mode)  # after the owner is right, and whatever the umask says
+            os.rename(scratch, path)
+        except OSError as error:
+            os.close(file)
+            scratch.unlink(missing_ok=True)
+            if error.errno == errno.ENOSPC:
+                _check_room(path, size_bytes)
+            if error.errno == errno.EINVAL:  # hugetlbfs cuts in huge pages only
+                page = os.statvfs(path.parent).f_bsize
+                text = f"size {size_bytes} refused: give a multiple of {page} bytes"
+                raise OSError(errno.EINVAL, text, os.fspath(path)) from error
+            raise named(error, path) from error
+        return cls(path, file)
+
+    @classmethod
+    def open(cls, path: Path) -> DramArena:
+        """The arena that an earlier process left; OSError when there is none."""
+        return cls(path, os.open(path, os.O_RDWR | os.O_NOFOLLOW))
+
+    def view(self, offset: int, length: int) -> memoryview:
+        """The bytes themselves, writable; use it and drop it."""
+        if offset < 0 or length < 0 or offset + length > self.capacity_bytes:
+            raise ValueError(f"{length} bytes at {offset} are outside of {self.path}")
+        return self._bytes[offset : offset + length]
+
+    def read(self, offset: int, into: memoryview) -> None:
+        """See Tier.read."""
+        into = flat(into)
+        check_range(offset, len(into), self.capacity_bytes)
+        copy(into, self.view(offset, len(into)))
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """See Tier.write; the rest of the last page stays as it was."""
+        data = flat(data)
+        check_range(offset, len(data), self.capacity_bytes)
+        copy(self.view(offset, len(data)), data)
+
+    def sync(self) -> None:
+        """Memory is as durable as it gets."""
+        self.view(0, 0)  # raises ValueError when closed
+
+    def close(self) -> None:
+        """See Tier.close; the map stays for as long as someone holds a view of it."""
+        with contextlib.suppress(BufferError):
+            self._bytes.release()
+            self._map.close()
+
+
+def _check_room(path: Path, size_bytes: int) -> None:
+    """Raises OSError when the filesystem of `path` cannot hold so many bytes more."""
+    room = os.statvfs(path.parent)
+    available = room.f_bavail * room.f_frsize
+    if available < size_bytes:
+        text = f"no room for an arena: wanted {size_bytes} bytes, available {available} bytes"
+        raise OSError(errno.ENOSPC, text, os.fspath(path))
