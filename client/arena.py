@@ -50,6 +50,7 @@ class Arena:
             os.close(file)
         self.path = path
         self.inode = inode
+        self._device = status.st_dev
         self.size_bytes = size_bytes
         self.view = memoryview(self._map)
         self.address: int = np.frombuffer(self._map, np.uint8).__array_interface__["data"][0]
@@ -63,6 +64,19 @@ class Arena:
         """Stop the background work. The mapping itself lives while any view of it does."""
         self._closing = True
         self._populate.join()
+
+    def is_at(self, path: str, size_bytes: int, inode: int) -> bool:
+        """Whether this mapping is of the file that a daemon names. The inode alone does not tell:
+        another filesystem has files of the same numbers."""
+        try:
+            status = os.stat(path, follow_symlinks=False)
+        except OSError:
+            return False
+        return inode == self.inode and (self._device, inode, size_bytes) == (
+            status.st_dev,
+            status.st_ino,
+            status.st_size,
+        )
 
     def wait_populated(self, timeout_s: float | None = None) -> None:
         """Wait until all pages are mapped; for benchmarks."""
@@ -92,9 +106,10 @@ def address_of(buffer: Any, size: int, what: str, *, writable: bool) -> int:
         raise InvalidBlock(f"{what} is in device memory: copy it to the host first")
     try:
         view = buffer if type(buffer) is memoryview else memoryview(buffer)
-    except TypeError:
+    except (TypeError, ValueError, BufferError) as error:
         raise InvalidBlock(
-            f"{what} is a {type(buffer).__name__}: give a buffer, a numpy array or a CPU tensor"
+            f"{what} is a {type(buffer).__name__} that gives no buffer ({error}): give bytes, a "
+            "numpy array of a plain dtype (array.view('u1')) or a CPU tensor"
         ) from None
     if view.nbytes != size:
         raise InvalidBlock(f"{what} has {view.nbytes} bytes, this layout takes {size}")
@@ -102,8 +117,6 @@ def address_of(buffer: Any, size: int, what: str, *, writable: bool) -> int:
         raise InvalidBlock(f"{what} is not contiguous: give a contiguous copy")
     if writable and view.readonly:
         raise InvalidBlock(f"{what} is read-only: give a writable buffer")
-    if view.ndim != 1 or view.format != "B":
-        view = view.cast("B")
     address: int = np.frombuffer(view, np.uint8).__array_interface__["data"][0]
     return address
 

@@ -12,7 +12,7 @@ from kvstore.client.arena import address_of
 from kvstore.client.grant import Grant, count_tiers
 from kvstore.client.places import Places
 from kvstore.client.reservation import REFUSED, Reservation
-from kvstore.errors import InvalidBlock, InvalidRequest
+from kvstore.errors import InvalidBlock, InvalidRequest, SessionLost, Unavailable
 from kvstore.protos import kvstore_pb2 as pb
 from kvstore.types import KEYS_PER_CALL_MAX, Layout, check_keys
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kvstore.client.client import Client, Session
 
 DEADLINE_S = 1.0  # of reserve and acquire, unless the caller says otherwise
+WAIT_S_MAX = 3_600.0  # longer waits are cut to this, as the daemon does
 GRACE_S = 0.05  # for the answer that the daemon sends at the deadline to arrive
 WINDOW_BYTES = 16 << 20  # get copies so much while the rest is still being loaded
 
@@ -62,13 +63,12 @@ class Cache:
     def __init__(self, client: Client, layout: Layout) -> None:
         self.client = client
         self.layout = layout
+        self._number: tuple[Session, int] | None = None  # of the layout, on that session
 
     def lookup(self, hashes: Sequence[bytes]) -> Match:
         """The longest resident prefix. Changes nothing and holds nothing."""
-        session, keys, deadline = self._begin(hashes)
-        reply = session.transport.call(
-            pb.LOOKUP, pb.LookupRequest(keys=keys), pb.LookupReply, deadline
-        )
+        check_keys(hashes)
+        _, reply = self._ask(pb.LOOKUP, pb.LookupRequest, pb.LookupReply, hashes)
         return Match(reply.length, count_tiers(reply.tiers))
 
     def put(
@@ -90,28 +90,22 @@ class Cache:
 
         Raises InvalidBlock, before anything is stored, for a buffer of a wrong size or kind.
         """
+        blocks = list(blocks)  # only addresses are kept below: these keep the memory itself
         sources = self._addresses(hashes, blocks, shard, writable=False)
-        end = time.monotonic() + (self.client.timeout_s if deadline_s is None else deadline_s)
+        wait_s = self.client.timeout_s if deadline_s is None else _wait_s(deadline_s)
+        end = time.monotonic() + wait_s
         stored = present = 0
         left = list(range(len(hashes)))
         while left:
             wait_s = min(DEADLINE_S, max(0.0, end - time.monotonic() - GRACE_S))
             session, reply = self._reserve(
-                [hashes[at] for at in left], parent, hints, wait_s, shard
+                [hashes[at] for at in left], parent, hints, wait_s, shard, again=True
             )
             status: bytes = reply.status
             present += status.count(1)
             new = [at for at, answer in zip(left, status, strict=True) if not answer]
             if new:
-                places = Places(session.arena, self.layout, reply.offsets)
-                places.copy_in([sources[at] for at in new], shard)
-                committed = session.transport.call(
-                    pb.COMMIT,
-                    pb.CommitRequest(lease=reply.lease),
-                    pb.CommitReply,
-                    self.client.deadline(),
-                )
-                stored += committed.stored
+                stored += self._fill(session, reply, [sources[at] for at in new], shard)
             left = [at for at, answer in zip(left, status, strict=True) if answer == REFUSED]
             if not new or time.monotonic() >= end:
                 break
@@ -135,16 +129,18 @@ class Cache:
 
         The first `length` buffers of the result are verified; a lease that did not hold ends it.
         """
-        started = time.monotonic()
+        started, wait_s = time.monotonic(), _wait_s(deadline_s)
+        into = list(into)
         targets = self._addresses(hashes, into, shard, writable=True)
         done, tiers = 0, Counter[str]()
         window = max(1, WINDOW_BYTES // self.layout.block_bytes)
         while done < len(hashes):
-            left_s = max(0.0, started + deadline_s - time.monotonic())
+            left_s = max(0.0, started + wait_s - time.monotonic())
             grant = self._acquire(hashes[done:], left_s, prefill_tokens_per_s, window)
             if not grant.length:
                 break
-            grant._places.copy_out(targets[done : done + grant.length], shard)
+            with grant:
+                grant.places.copy_out(targets[done : done + grant.length], shard)
             if not grant.release():
                 break
             done += grant.length
@@ -169,7 +165,7 @@ class Cache:
         deadline_s  how long to wait when nothing is free now but room is being made
         """
         check_keys(hashes)
-        session, reply = self._reserve(hashes, parent, hints, deadline_s, shard)
+        session, reply = self._reserve(hashes, parent, hints, _wait_s(deadline_s), shard)
         places = Places(session.arena, self.layout, reply.offsets)
         return Reservation(self.client, session, places, reply.lease, reply.status, shard)
 
@@ -185,15 +181,13 @@ class Cache:
         With deadline_s 0, what is in memory now; loads of what follows are ordered all the same.
         """
         check_keys(hashes)
-        return self._acquire(hashes, deadline_s, prefill_tokens_per_s, 0)
+        return self._acquire(hashes, _wait_s(deadline_s), prefill_tokens_per_s, 0)
 
     def prefetch(self, hashes: Sequence[bytes]) -> int:
         """Bring blocks of the resident prefix up into memory, without waiting; how many must be."""
-        session, keys, deadline = self._begin(hashes)
-        request = pb.PrefetchRequest(keys=keys)
-        ordered: int = session.transport.call(
-            pb.PREFETCH, request, pb.PrefetchReply, deadline
-        ).ordered
+        check_keys(hashes)
+        _, reply = self._ask(pb.PREFETCH, pb.PrefetchRequest, pb.PrefetchReply, hashes)
+        ordered: int = reply.ordered
         return ordered
 
     def retain(self, hashes: Sequence[bytes], priority: int, ttl_s: float | None = None) -> int:
@@ -205,35 +199,52 @@ class Cache:
         """
         if not isinstance(priority, int) or not 0 <= priority <= 100:
             raise InvalidRequest(f"priority is {priority!r}: give an integer of 0 to 100")
-        session, keys, deadline = self._begin(hashes)
-        request = pb.RetainRequest(keys=keys, priority=priority, ttl_s=ttl_s or 0.0)
-        retained: int = session.transport.call(
-            pb.RETAIN, request, pb.RetainReply, deadline
-        ).retained
+        if ttl_s is not None and not ttl_s > 0:
+            raise InvalidRequest(f"ttl_s is {ttl_s!r}: give more than 0 seconds, or None for ever")
+        check_keys(hashes)
+        _, reply = self._ask(
+            pb.RETAIN,
+            pb.RetainRequest,
+            pb.RetainReply,
+            hashes,
+            priority=priority,
+            ttl_s=ttl_s or 0.0,
+        )
+        retained: int = reply.retained
         return retained
 
     def forget(self, hashes: Sequence[bytes]) -> int:
         """Drop blocks from every tier; returns how many were there."""
-        session, keys, deadline = self._begin(hashes)
-        forgotten: int = session.transport.call(
-            pb.FORGET, pb.ForgetRequest(keys=keys), pb.ForgetReply, deadline
-        ).forgotten
+        check_keys(hashes)
+        _, reply = self._ask(pb.FORGET, pb.ForgetRequest, pb.ForgetReply, hashes)
+        forgotten: int = reply.forgotten
         return forgotten
 
     # -- inside --------------------------------------------------------------------------------
 
-    def _begin(self, hashes: Sequence[bytes]) -> tuple[Session, Any, float]:
-        check_keys(hashes)
-        deadline = self.client.deadline()
-        session = self.client.session(deadline)
-        return session, self._keys(session, hashes, deadline), deadline
+    def _ask(
+        self,
+        verb: int,
+        request: Any,
+        reply: Any,
+        hashes: Sequence[bytes],
+        wait_s: float = 0.0,
+        **fields: Any,
+    ) -> tuple[Session, Any]:
+        """One call about these blocks, whose hashes have been checked, and the session that it
+        went through."""
+        deadline = time.monotonic() + max(self.client.timeout_s, wait_s + GRACE_S)
 
-    def _keys(self, session: Session, hashes: Sequence[bytes], deadline: float) -> Any:
-        return pb.Keys(
-            layout=self.client.layout_number(self.layout, session, deadline),
-            hash_bytes=len(hashes[0]) if hashes else 0,
-            hashes=b"".join(hashes),
-        )
+        def ask(session: Session) -> tuple[Session, Any]:
+            keys = pb.Keys(
+                layout=self._layout_number(session, deadline),
+                hash_bytes=len(hashes[0]) if hashes else 0,
+                hashes=b"".join(hashes),
+            )
+            sent = request(keys=keys, **fields)
+            return session, session.transport.call(verb, sent, reply, deadline)
+
+        return self.client.attempt(deadline, ask)
 
     def _reserve(
         self,
@@ -242,32 +253,57 @@ class Cache:
         hints: Mapping[str, str] | None,
         wait_s: float,
         shard: int | None,
+        *,
+        again: bool = False,
     ) -> tuple[Session, Any]:
-        deadline = time.monotonic() + max(self.client.timeout_s, wait_s + GRACE_S)
-        session = self.client.session(deadline)
-        request = pb.ReserveRequest(
-            keys=self._keys(session, hashes, deadline), parent=parent or b"", deadline_s=wait_s
+        return self._ask(
+            pb.RESERVE,
+            pb.ReserveRequest,
+            pb.ReserveReply,
+            hashes,
+            wait_s,
+            parent=parent or b"",
+            deadline_s=wait_s,
+            shard=None if shard is None else self._check_shard(shard),
+            hints=_hints(hints) if hints else None,
+            again=again,
         )
-        if shard is not None:
-            request.shard = self._check_shard(shard)
-        if hints:
-            request.hints.CopyFrom(_hints(hints))
-        return session, session.transport.call(pb.RESERVE, request, pb.ReserveReply, deadline)
+
+    def _fill(self, session: Session, reply: Any, sources: list[int], shard: int | None) -> int:
+        """Copy into the slots that were reserved, and commit; returns how many were stored."""
+        places = Places(session.arena, self.layout, reply.offsets)
+        reservation = Reservation(self.client, session, places, reply.lease, reply.status, shard)
+        try:
+            places.copy_in(sources, shard)
+            return reservation.commit()
+        except SessionLost as error:
+            raise Unavailable(f"{error}: what this call had not committed is not stored") from None
+        except BaseException:  # nobody could store these blocks while the lease lives
+            reservation.abort()
+            raise
 
     def _acquire(
         self, hashes: Sequence[bytes], wait_s: float, tokens_per_s: float | None, enough: int
     ) -> Grant:
-        deadline = time.monotonic() + max(self.client.timeout_s, wait_s + GRACE_S)
-        session = self.client.session(deadline)
-        request = pb.AcquireRequest(
-            keys=self._keys(session, hashes, deadline),
+        session, reply = self._ask(
+            pb.ACQUIRE,
+            pb.AcquireRequest,
+            pb.AcquireReply,
+            hashes,
+            wait_s,
             deadline_s=wait_s,
             prefill_tokens_per_s=tokens_per_s or 0.0,
             enough=enough,
         )
-        reply = session.transport.call(pb.ACQUIRE, request, pb.AcquireReply, deadline)
-        places = Places(session.arena, self.layout, reply.offsets)
-        return Grant(self.client, session, places, reply)
+        return Grant(self.client, session, self.layout, reply)
+
+    def _layout_number(self, session: Session, deadline: float) -> int:
+        known = self._number
+        if known is not None and known[0] is session:
+            return known[1]
+        number = self.client.layout_number(self.layout, session, deadline)
+        self._number = session, number
+        return number
 
     def _check_shard(self, shard: int) -> int:
         if not 0 <= shard < self.layout.shards:
@@ -291,6 +327,13 @@ class Cache:
             address_of(buffer, size, f"buffer {at}", writable=writable)
             for at, buffer in enumerate(buffers)
         ]
+
+
+def _wait_s(deadline_s: float) -> float:
+    """A deadline that a caller gave, as a wait that clocks can take."""
+    if not isinstance(deadline_s, int | float) or deadline_s != deadline_s:
+        raise InvalidRequest(f"deadline_s is {deadline_s!r}: give a number of seconds")
+    return min(max(0.0, deadline_s), WAIT_S_MAX)
 
 
 def _hints(hints: Mapping[str, str]) -> Any:

@@ -6,18 +6,22 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from kvstore import paths, types
 from kvstore.client.arena import Arena
 from kvstore.client.cache import Cache
 from kvstore.client.wire import Wire
-from kvstore.errors import SessionLost, Unavailable
+from kvstore.errors import InvalidRequest, SessionLost, Unavailable
 from kvstore.protos import kvstore_pb2 as pb
 from kvstore.types import Layout, Stats
 
 REFUSED_S = 0.2  # after a failed attempt other calls fail at once for so long
+TIMEOUT_S_MAX = 86_400.0
+
+T = TypeVar("T")
 
 
 class Transport(Protocol):
@@ -45,6 +49,8 @@ def connect(
     Raises Unavailable when no daemon answers within that time, NotPermitted when the operating
     system refuses, ProtocolMismatch when the daemon speaks another version.
     """
+    if not 0 < timeout_s <= TIMEOUT_S_MAX:
+        raise InvalidRequest(f"timeout_s is {timeout_s!r}: give seconds, more than 0, up to a day")
     socket_path = Path(path) if path is not None else paths.socket_path(tenant)
     client = Client(socket_path, timeout_s)
     try:
@@ -85,9 +91,9 @@ class Client:
 
     def open(self, layout: Layout) -> Cache:
         """The cache of blocks of this layout. Raises InvalidLayout where no slot can hold one."""
-        cache = Cache(self, layout)
-        self.layout_number(layout, self.session(self.deadline()), self.deadline())
-        return cache
+        deadline = self.deadline()
+        self.attempt(deadline, lambda session: self.layout_number(layout, session, deadline))
+        return Cache(self, layout)
 
     def stats(self) -> Stats:
         """The daemon's statistics, in the shape of `kvstore stats --json`, of this tenant."""
@@ -105,6 +111,11 @@ class Client:
         deadline = time.monotonic() + deadline_s
         reply = self.call(pb.VERIFY, pb.VerifyRequest(), pb.VerifyReply, deadline)
         return reply.checked, reply.damaged, reply.skipped
+
+    @property
+    def arena(self) -> Arena | None:
+        """The arena as it is mapped now; None before the first connection."""
+        return self._arena
 
     def close(self) -> None:
         """End the session. What is still reserved or acquired is void."""
@@ -124,7 +135,20 @@ class Client:
     def call(self, verb: int, request: Any, reply: Any, deadline: float | None = None) -> Any:
         """One call on the present session; a fresh connection is made if there is none."""
         end = self.deadline() if deadline is None else deadline
-        return self.session(end).transport.call(verb, request, reply, end)
+        return self.attempt(end, lambda session: session.transport.call(verb, request, reply, end))
+
+    def attempt(self, deadline: float, act: Callable[[Session], T]) -> T:
+        """What `act` does on the live session; done once more on a fresh one when the connection
+        turns out to be lost. Not for what belongs to a lease: that ends with its session."""
+        session = self.session(deadline)
+        try:
+            return act(session)
+        except SessionLost:
+            session = self.session(deadline)
+        try:
+            return act(session)
+        except SessionLost as error:
+            raise Unavailable(f"{error}: lost twice in a row: try again later") from None
 
     def session(self, deadline: float) -> Session:
         """The live session, made anew when it was lost.
@@ -170,6 +194,8 @@ class Client:
             return session
         if self._closed:
             raise Unavailable("this client was closed: connect again")
+        if session is not None:
+            session.transport.close()
         if self._refused is not None and time.monotonic() < self._refused[0]:
             raise Unavailable(str(self._refused[1]))
         try:
@@ -198,8 +224,9 @@ class Client:
             except SessionLost as error:
                 raise Unavailable(f"{error}: is it starting or stopping?") from None
             arena = self._arena
-            if arena is None or arena.inode != attached.arena_inode:
-                arena = Arena(attached.arena_path, attached.arena_bytes, attached.arena_inode)
+            named = attached.arena_path, attached.arena_bytes, attached.arena_inode
+            if arena is None or not arena.is_at(*named):
+                arena = Arena(*named)
                 if self._arena is not None:
                     self._arena.close()
                 self._arena = arena

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import grpc
 
-from kvstore.errors import BY_NAME, DeadlineExceeded, InternalError, SessionLost, Unavailable
+from kvstore.client.wire import connect_socket
+from kvstore.errors import BY_NAME, DeadlineExceeded, InternalError, SessionLost
 from kvstore.protos import kvstore_pb2 as pb
 from kvstore.protos import kvstore_pb2_grpc as pb_grpc
 
 SESSION_ENTRY = "kvstore-session-bin"
 ERROR_ENTRY = "kvstore-error"
 
+# After the deadline nobody can tell what these did; with the session all its leases end.
+_LEASE_VERBS = (pb.ACQUIRE, pb.RESERVE, pb.RELEASE, pb.COMMIT, pb.ABORT)
+
 
 class FrontDoorWire:
     """The same interface as Wire; grpcio takes care of threads."""
 
     def __init__(self, path: Path, timeout_s: float) -> None:
+        # grpcio tries again and again where nobody listens, and does not say why: ask first.
+        connect_socket(path, timeout_s).close()
         self.path = path
         self.pid = os.getpid()
         self.dead: str | None = None
@@ -51,36 +58,46 @@ class FrontDoorWire:
             left = max(0.001, deadline - time.monotonic())
             return method(request, timeout=left, metadata=self._metadata)
         except grpc.RpcError as error:
-            raise self._translate(error) from None
+            raise self._translate(verb, error) from None
         except ValueError:
             raise SessionLost(f"the connection to {self.path} has ended: {self.dead}") from None
 
     def _attach(self, request: Any, deadline: float) -> Any:
-        try:
-            grpc.channel_ready_future(self._channel).result(max(0.001, deadline - time.monotonic()))
-        except grpc.FutureTimeoutError:
-            raise Unavailable(
-                f"no daemon at {self.path}: start kvstored, or give its socket"
-            ) from None
         self._stream = self._stub.Attach(request)
-        first = next(self._stream)
+        # The stream lives as long as the session, so only its first message can have a deadline.
+        timer = threading.Timer(max(0.001, deadline - time.monotonic()), self._stream.cancel)
+        timer.daemon = True
+        timer.start()
+        try:
+            first = next(self._stream)
+        finally:
+            timer.cancel()
         self._metadata = ((SESSION_ENTRY, first.token),)
-        self._stream.add_callback(self._ended)
+        if not self._stream.add_callback(self._ended):
+            self._ended()
         return first
 
     def _ended(self) -> None:
         if self.dead is None:
             self.dead = "the daemon closed it"
 
-    def _translate(self, error: Any) -> Exception:
+    def _translate(self, verb: int, error: Any) -> Exception:
         with contextlib.suppress(AttributeError, TypeError):
             for entry, value in error.trailing_metadata() or ():
                 if entry == ERROR_ENTRY:
-                    return BY_NAME.get(value, InternalError)(error.details())
+                    kind = BY_NAME.get(value, InternalError)
+                    if kind is SessionLost:
+                        self.close(error.details())
+                    return kind(error.details())
         code = error.code()
-        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return DeadlineExceeded(f"the daemon at {self.path} took longer than the deadline")
+        late = code is grpc.StatusCode.DEADLINE_EXCEEDED
+        if late or (verb == pb.ATTACH and code is grpc.StatusCode.CANCELLED):
+            if verb in _LEASE_VERBS:
+                self.close("a lease was granted, or ended, too late to be heard of")
+            return DeadlineExceeded(
+                f"the daemon at {self.path} took longer than the deadline: go on without it"
+            )
         if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
-            self.dead = self.dead or str(error.details())
+            self.close(str(error.details()))
             return SessionLost(f"the connection to {self.path} has ended: {self.dead}")
         return InternalError(f"{code}: {error.details()}")

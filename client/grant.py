@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kvstore.client.places import Extent, Places
 from kvstore.errors import KVStoreError
 from kvstore.protos import kvstore_pb2 as pb
-from kvstore.types import TIERS
+from kvstore.types import TIERS, Layout
 
 if TYPE_CHECKING:
     from kvstore.client.client import Client, Session
@@ -25,16 +26,35 @@ class Grant:
     estimate_s  for "late": when the next block is expected, in seconds from the answer
     """
 
-    def __init__(self, client: Client, session: Session, places: Places, reply: Any) -> None:
+    def __init__(self, client: Client, session: Session, layout: Layout, reply: Any) -> None:
         self._client = client
         self._session = session
-        self._places = places
+        self._layout = layout
+        self._reply = reply
         self._lease: int = reply.lease
-        self._held: bool | None = None if reply.lease else True
+        self._held: bool | None = None if self._lease else True
         self.length: int = reply.length
-        self.tiers = count_tiers(reply.tiers)
-        self.stop: str = pb.AcquireReply.Stop.Name(reply.stop).lower()
-        self.estimate_s: float = reply.estimate_s
+
+    @functools.cached_property
+    def tiers(self) -> Counter[str]:
+        """How many blocks were found in which tier."""
+        return count_tiers(self._reply.tiers)
+
+    @functools.cached_property
+    def stop(self) -> str:
+        """Why the grant is not longer."""
+        return pb.AcquireReply.Stop.Name(self._reply.stop).lower()
+
+    @property
+    def estimate_s(self) -> float:
+        """For "late": when the next block is expected, in seconds from the answer."""
+        estimate: float = self._reply.estimate_s
+        return estimate
+
+    @functools.cached_property
+    def places(self) -> Places:
+        """Where the blocks are."""
+        return Places(self._session.arena, self._layout, self._reply.offsets)
 
     def __enter__(self) -> Grant:
         return self
@@ -48,20 +68,20 @@ class Grant:
     @property
     def extents(self) -> list[Extent]:
         """Places of the blocks."""
-        return self._places.extents()
+        return self.places.extents()
 
     def view(self, i: int, shard: int = 0) -> memoryview:
         """The bytes of one shard of the i-th block, read-only and not copied."""
-        return self._places.view(i, shard, writable=False)
+        return self.places.view(i, shard, writable=False)
 
     def numpy(self, i: int, shard: int = 0, dtype: Any = "u1") -> Any:
         """The same as a flat read-only numpy array."""
-        return self._places.numpy(i, shard, dtype, writable=False)
+        return self.places.numpy(i, shard, dtype, writable=False)
 
     def tensor(self, i: int, shard: int = 0, dtype: Any = None) -> Any:
         """The same as a flat CPU tensor, of the layout's dtype unless another is given; not to be
         written to."""
-        return self._places.tensor(i, shard, dtype)
+        return self.places.tensor(i, shard, dtype)
 
     def release(self) -> bool:
         """End the lease. False: it did not last until now, what was read must be thrown away.
@@ -83,4 +103,8 @@ class Grant:
 
 def count_tiers(packed: bytes) -> Counter[str]:
     """How many blocks each tier has, from one byte per block."""
-    return Counter({TIERS[n]: packed.count(n) for n in range(len(TIERS)) if packed.count(n)})
+    counts: Counter[str] = Counter()
+    for number, name in enumerate(TIERS):
+        if count := packed.count(number):
+            counts[name] = count
+    return counts

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
 from kvstore.client.places import Extent, Places
-from kvstore.errors import SessionLost
+from kvstore.errors import SessionLost, Unavailable
 from kvstore.protos import kvstore_pb2 as pb
 
 if TYPE_CHECKING:
@@ -85,9 +86,11 @@ class Reservation:
         return stored
 
     def abort(self) -> None:
-        """Give the slots back unwritten. Does nothing when the reservation has ended."""
-        if self._lease and self._session.transport.dead is None:
-            self._end(pb.ABORT, pb.AbortRequest, pb.AbortReply)
+        """Give the slots back unwritten. Does nothing when the reservation has ended, and never
+        raises for a daemon that does not answer: what it does not hear of ends with the session."""
+        if self._lease:
+            with contextlib.suppress(SessionLost, Unavailable):
+                self._end(pb.ABORT, pb.AbortRequest, pb.AbortReply)
 
     def _end(self, verb: int, request: Any, reply: Any) -> Any:
         lease, self._lease = self._lease, 0

@@ -2,10 +2,14 @@
 
     frame   u32 length of what follows | u8 verb | u8 status | u16 0 | u32 number | message
 
-A caller sends, then reads frames until its own answer is there; answers of other callers that it meets
-on the way are handed over. Of several callers that wait, one reads and the others sleep; who leaves
-with its answer wakes another to read. So one thread pays two system calls and no switch, and many
-threads share the connection without a reader thread.
+A caller sends, then reads frames until its own answer is there; answers of other callers that it
+meets on the way are handed over. Of several callers that wait, one reads and the others sleep; who
+leaves, for whatever reason, wakes another to read if nobody does. So one thread pays two system
+calls and no switch, and many threads share the connection without a reader thread.
+
+A caller that gives up may still be granted a lease. A thread that lives for as long as there are
+such calls waits for their answers and gives back what they were granted. What cannot be given back,
+because the daemon takes no requests, ends with the connection: it is closed then.
 """
 
 from __future__ import annotations
@@ -26,22 +30,27 @@ from kvstore.errors import (
     BY_NAME,
     DeadlineExceeded,
     InternalError,
+    KVStoreError,
     NotPermitted,
     SessionLost,
     Unavailable,
 )
 from kvstore.protos import kvstore_pb2 as pb
+from kvstore.spin import Spin
 
 HEADER = struct.Struct("<IBBHI")
 AFTER_LENGTH = HEADER.size - 4
 READ_BYTES = 256 << 10
-UNDO_S = 0.1
+SPIN_S = 0.0003
+UNDO_S = 5.0  # for the daemon to take back what a caller that gave up was granted
+ABANDONED_S = 60.0  # a call that was given up and has no answer by then ends the connection
 
 # How the grant of a call that has given up is undone.
 _UNDO: dict[int, tuple[Any, int, Any]] = {
     pb.ACQUIRE: (pb.AcquireReply, pb.RELEASE, pb.ReleaseRequest),
     pb.RESERVE: (pb.ReserveReply, pb.ABORT, pb.AbortRequest),
 }
+_ENDS_A_LEASE = (pb.COMMIT, pb.ABORT, pb.RELEASE)
 
 
 class _Call:
@@ -54,51 +63,63 @@ class _Call:
         self.wake: threading.Event | None = None
 
 
+def connect_socket(path: Path, timeout_s: float) -> socket.socket:
+    """A connected socket. Raises InvalidConfig, Unavailable or NotPermitted, naming the path."""
+    paths.check_socket_path(path)
+    connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        connected.settimeout(timeout_s)
+        connected.connect(os.fspath(path))
+    except PermissionError:
+        connected.close()
+        raise NotPermitted(
+            f"this user may not connect to {path}: join the group that owns the tenant"
+        ) from None
+    except OSError as error:
+        connected.close()
+        raise Unavailable(
+            f"no daemon at {path}: {error.strerror or error}: start kvstored, or give its socket"
+        ) from None
+    return connected
+
+
 class Wire:
     """See the module. After any failure of the connection it is dead for good: make another."""
 
     def __init__(self, path: Path, timeout_s: float) -> None:
-        """Connect. Raises Unavailable or NotPermitted, naming the path."""
-        paths.check_socket_path(path)
+        """Connect; see `connect_socket` for what it raises."""
         self.path = path
         self.pid = os.getpid()
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        self._socket.settimeout(timeout_s)
-        try:
-            self._socket.connect(os.fspath(path))
-        except PermissionError:
-            self._socket.close()
-            raise NotPermitted(
-                f"this user may not connect to {path}: join the group that owns the tenant"
-            ) from None
-        except OSError as error:
-            self._socket.close()
-            raise Unavailable(
-                f"no daemon at {path}: {error.strerror or error}: start kvstored, or give its socket"
-            ) from None
+        self._socket = connect_socket(path, timeout_s)
         self._socket.setblocking(False)
         self._poll = select.poll()
         self._poll.register(self._socket, select.POLLIN)
+        self._spin = Spin(SPIN_S)
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()  # guards the two below, and who reads
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, _Call] = {}  # while there is one, the socket stays open
+        self._abandoned: dict[int, tuple[int, _Call]] = {}  # number -> verb, and its call
+        self._undoing = False
         self._reading = False
         self._sending = threading.Lock()
         self._received = b""
-        self._abandoned: dict[int, int] = {}  # calls given up that may still be granted a lease
         self.dead: str | None = None
 
     def close(self, why: str = "the client closed it") -> None:
         """The daemon sees the end of the session. Callers that wait get SessionLost."""
+        if os.getpid() != self.pid:  # after a fork: the session is still the parent's
+            self.dead = self.dead or why
+            self._socket.close()
+            return
         with self._lock:
             if self.dead is None:
                 self.dead = why
             for call in self._calls.values():
                 if call.wake is not None:
                     call.wake.set()
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+            self._close_unused()
 
     def call(self, verb: int, request: Any, reply: Any, deadline: float) -> Any:
         """Send a request, return the verb's reply. `deadline` is on the monotonic clock.
@@ -112,14 +133,15 @@ class Wire:
             if self.dead is not None:
                 raise SessionLost(f"the connection to {self.path} has ended: {self.dead}")
             self._calls[number] = call
+        sent = False
         try:
             self._send(HEADER.pack(AFTER_LENGTH + len(body), verb, 0, 0, number) + body, deadline)
-            self._wait(call, number, deadline)
+            sent = True
+            self._wait(call, deadline)
         finally:
-            with self._lock:
-                self._calls.pop(number, None)
-                if call.answer is None and verb in _UNDO:
-                    self._abandoned[number] = verb
+            if not sent and verb in _ENDS_A_LEASE:
+                self.close("the end of a lease could not be sent")
+            self._leave(number, call, verb if sent else pb.VERB_UNSPECIFIED)
         assert call.answer is not None
         status, payload = call.answer
         if status:
@@ -130,8 +152,8 @@ class Wire:
     def _send(self, frame: bytes, deadline: float) -> None:
         if not self._sending.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise self._late("to send")
+        sent = 0
         try:
-            sent = 0
             while sent < len(frame):
                 try:
                     sent += self._socket.send(frame[sent:] if sent else frame)
@@ -140,15 +162,15 @@ class Wire:
                     ready = select.poll()
                     ready.register(self._socket, select.POLLOUT)
                     if left <= 0 or not ready.poll(left * 1e3 + 1):
-                        if sent:  # half a frame is out: nothing sensible can follow it
-                            self.close("a request could not be sent in time")
                         raise self._late("to take the request") from None
                 except OSError as error:
                     raise self._lost(error) from None
         finally:
             self._sending.release()
+            if 0 < sent < len(frame):  # half a frame is out: nothing sensible can follow it
+                self.close("a request could not be sent as a whole")
 
-    def _wait(self, call: _Call, number: int, deadline: float) -> None:
+    def _wait(self, call: _Call, deadline: float) -> None:
         """Read frames until the call's answer is there, or have another caller do so."""
         while True:
             with self._lock:
@@ -162,34 +184,111 @@ class Wire:
                     break
                 wake = call.wake = call.wake or threading.Event()
                 wake.clear()
+            # `_hand_over` writes the answer and then looks for who is to be woken; here it is the
+            # other way round, so that an answer is seen here or wakes.
+            if call.answer is not None:
+                return
             if not wake.wait(max(0.0, deadline - time.monotonic())) and call.answer is None:
                 raise self._late("to answer")
         try:
+            self._read(deadline)
             while call.answer is None:
+                if time.monotonic() >= deadline:  # others' answers may come without end
+                    raise self._late("to answer")
                 self._read(deadline)
         finally:
+            self._reading = False  # whoever saw it true can be woken by `_leave`, which follows
+
+    def _leave(self, number: int, call: _Call, verb: int) -> None:
+        """A caller goes, with its answer or without: somebody else must read then, and undo what
+        it may still be granted."""
+        with self._lock:
+            del self._calls[number]
+            if call.answer is None and verb in _UNDO and self.dead is None:
+                call.wake = None  # nobody sleeps on it: it must not be chosen to read
+                self._calls[number] = call
+                self._abandoned[number] = verb, call
+                if not self._undoing:
+                    self._undoing = True
+                    threading.Thread(
+                        target=self._undo_abandoned, name="kvstore-undo", daemon=True
+                    ).start()
+            self._wake_a_reader()
+            self._close_unused()
+
+    def _wake_a_reader(self) -> None:
+        if self._reading:
+            return
+        for other in self._calls.values():
+            if other.wake is not None and other.answer is None:
+                other.wake.set()
+                return
+
+    def _close_unused(self) -> None:
+        """Close the socket when nobody can be using it any more: its number may be somebody else's
+        file in the next moment."""
+        if self.dead is not None and not self._calls:
+            self._socket.close()
+
+    def _undo_abandoned(self) -> None:
+        """Wait for the answers of calls that were given up, and give back what was granted."""
+        while True:
             with self._lock:
-                self._reading = False
-                for other in self._calls.values():
-                    if other.wake is not None and other.answer is None:
-                        other.wake.set()
-                        break
+                if not self._abandoned:
+                    self._undoing = False
+                    return
+                number, (verb, call) = next(iter(self._abandoned.items()))
+            try:
+                self._wait(call, time.monotonic() + ABANDONED_S)
+                self._undo(verb, call)
+            except KVStoreError as error:
+                self.close(f"a call that was given up could not be undone: {error}")
+            finally:
+                with self._lock:
+                    del self._abandoned[number]
+                self._leave(number, call, pb.VERB_UNSPECIFIED)
+
+    def _undo(self, verb: int, call: _Call) -> None:
+        assert call.answer is not None
+        status, payload = call.answer
+        reply, undo_verb, undo = _UNDO[verb]
+        lease = 0 if status else reply.FromString(payload).lease
+        if lease:
+            answer = pb.ReleaseReply if undo_verb == pb.RELEASE else pb.AbortReply
+            self.call(undo_verb, undo(lease=lease), answer, time.monotonic() + UNDO_S)
 
     def _read(self, deadline: float) -> None:
         """Take in what has arrived; wait for something first, if nothing has."""
         try:
+            if not self._readable(deadline):
+                raise self._late("to answer")
             data = self._socket.recv(READ_BYTES)
+            if not data:
+                raise self._lost(None)
+            self._take(self._received + data if self._received else data)
         except BlockingIOError:
-            left = deadline - time.monotonic()
-            if left <= 0 or not self._poll.poll(left * 1e3 + 1):
-                raise self._late("to answer") from None
-            return
+            return  # woken for nothing
         except OSError as error:
             raise self._lost(error) from None
-        if not data:
-            raise self._lost(None)
-        if self._received:
-            data = self._received + data
+        except BaseException:  # an interrupt: what has been read may be lost
+            self.close("interrupted while reading")
+            raise
+
+    def _readable(self, deadline: float) -> bool:
+        """Whether something has arrived by the deadline."""
+        poll, spin = self._poll.poll, self._spin
+        if spin.pays():
+            until = time.monotonic() + spin.window_s
+            while time.monotonic() < until:
+                if poll(0):
+                    spin.found()
+                    return True
+            spin.missed()
+        left = deadline - time.monotonic()
+        return bool(poll(left * 1e3 + 1 if left > 0 else 0))
+
+    def _take(self, data: bytes) -> None:
+        """Hand over the answers that are whole, keep the rest."""
         at, end = 0, len(data)
         while end - at >= HEADER.size:
             length, _, status, _, number = HEADER.unpack_from(data, at)
@@ -200,21 +299,12 @@ class Wire:
         self._received = data[at:]
 
     def _hand_over(self, number: int, status: int, payload: bytes) -> None:
-        """Give an answer to who waits for it. What was granted to a call that gave up is undone."""
+        """Give an answer to who waits for it, if anybody does."""
         waiting = self._calls.get(number)
         if waiting is not None:
             waiting.answer = (status, payload)
             if waiting.wake is not None:
                 waiting.wake.set()
-            return
-        verb = self._abandoned.pop(number, None)
-        if verb is None or status:
-            return
-        reply, undo_verb, undo = _UNDO[verb]
-        if lease := reply.FromString(payload).lease:
-            body = undo(lease=lease).SerializeToString()
-            frame = HEADER.pack(AFTER_LENGTH + len(body), undo_verb, 0, 0, 0) + body
-            self._send(frame, time.monotonic() + UNDO_S)
 
     def _late(self, what: str) -> DeadlineExceeded:
         return DeadlineExceeded(

@@ -31,8 +31,10 @@ class LRU:
                 heat(key)
 
     def forget(self, keys: Sequence[int]) -> None:
+        order = self._order
         for key in keys:
-            self._order.pop(key, None)
+            if key in order:
+                del order[key]
 
     def victims(self, now: float) -> Iterator[int]:
         return iter(self._order)

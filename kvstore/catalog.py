@@ -50,9 +50,10 @@ class Catalog:
         self.pins = array("I")  # read leases, and moves out of its DRAM slot
         self.sums: list[bytes | None] = []  # checksums of its shards, once known
         self._unused: list[int] = []
+        self._dropped: list[int] = []  # unused rows that somebody may still remember
 
     def __len__(self) -> int:
-        return len(self.keys) - len(self._unused)
+        return len(self.keys) - len(self._unused) - len(self._dropped)
 
     def open(self, layout: Layout) -> LayoutEntry:
         """The entry of a layout, made when it is new."""
@@ -86,22 +87,31 @@ class Catalog:
         entry.index[key] = block
         return block
 
-    def hide(self, block: int) -> None:
-        """No lookup finds the block any more; its row stays."""
-        key = self.keys[block]
-        assert key is not None
-        index = self.entry(block).index
-        if index.get(key) == block:
-            del index[key]
+    def hide(self, blocks: Sequence[int]) -> None:
+        """No lookup finds the blocks any more; their rows stay."""
+        keys, layouts, layout = self.keys, self.layouts, self.layout
+        for block in blocks:
+            key, index = keys[block], layouts[layout[block]].index
+            assert key is not None
+            if index.get(key) == block:
+                del index[key]
 
-    def drop(self, block: int) -> None:
-        """The row is unused from now on. The block must have no place and no hold left."""
-        assert self.dram[block] == NOWHERE and self.nvme[block] == NOWHERE and not self.pins[block]
-        self.hide(block)
-        self.keys[block] = None
-        self.flags[block] = 0
-        self.sums[block] = None
-        self._unused.append(block)
+    def drop(self, blocks: Sequence[int]) -> None:
+        """The rows are unused from now on. The blocks are hidden, and have no place and no hold."""
+        keys, flags, sums = self.keys, self.flags, self.sums
+        dram, nvme, pins = self.dram, self.nvme, self.pins
+        for block in blocks:
+            assert dram[block] == nvme[block] == NOWHERE and not pins[block]
+            keys[block] = None
+            flags[block] = 0
+            sums[block] = None
+        self._dropped += blocks
+
+    def recycle(self) -> None:
+        """Nobody remembers the dropped rows any more: other blocks may have them."""
+        if self._dropped:
+            self._unused += self._dropped
+            self._dropped = []
 
     def load(
         self,
@@ -109,10 +119,10 @@ class Catalog:
         keys: Sequence[bytes],
         offsets: Sequence[int],
         sums: Sequence[bytes],
-    ) -> range:
+    ) -> list[int]:
         """Rows for many blocks stored on NVMe, at once: a restart's way in. Keys must be new."""
         first, count = len(self.keys), len(keys)
-        rows = range(first, first + count)
+        rows = list(range(first, first + count))  # the same objects for all who remember them
         self.keys.extend(keys)
         self.layout.extend(array("H", [entry.number]) * count)
         self.flags.extend(bytes([STORED]) * count)

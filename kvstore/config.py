@@ -188,6 +188,7 @@ class Daemon(Section):
     run_dir: Folder = Field(default_factory=paths.run_dir)  # where clients look by themselves
     log_level: Literal["debug", "info", "warning", "error"] = "info"  # a line per event of weight
     log_format: Literal["auto", "json", "console"] = "auto"  # console on a terminal, else JSON
+    busy_poll: Seconds = 0.0003  # awake so long after a request: waking up costs as much; 0: never
     drain_timeout: Seconds = 30.0  # well below the 90 s after which systemd kills
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import concurrent.futures
 import functools
 import gc
 import json
@@ -20,6 +19,7 @@ import structlog
 import uvloop
 
 from kvstore import __version__, metrics
+from kvstore.busy_poll import BusyPoll
 from kvstore.config import Config, load, reloadable_changes
 from kvstore.errors import KVStoreError
 from kvstore.notify import notify, watchdog_interval_s
@@ -88,7 +88,8 @@ class Daemon:
     """The running daemon."""
 
     def __init__(self, config: Config, path: Path | None) -> None:
-        self._config = config
+        self._config = config  # as started
+        self._reloaded = config  # as last told
         self._path = path
         self._started = time.monotonic()
         self._generation = time.time_ns() // 1_000
@@ -104,9 +105,12 @@ class Daemon:
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         for warning in self._config.warnings():
             log.warning(warning)
+        busy_poll = BusyPoll(loop, self._config.daemon.busy_poll)
         for name in self._config.tenants:
             tell = functools.partial(self._tell, name)
-            self._tenants[name] = Tenant(name, self._config, self._generation, __version__, tell)
+            self._tenants[name] = Tenant(
+                name, self._config, self._generation, __version__, tell, busy_poll
+            )
         for tenant in self._tenants.values():
             await tenant.start()
         self._serve_metrics(loop)
@@ -156,8 +160,10 @@ class Daemon:
             return
 
         def fetch() -> dict[str, Any]:
-            told: concurrent.futures.Future[bytes] = concurrent.futures.Future()
-            loop.call_soon_threadsafe(lambda: told.set_result(self._tell(*self._tenants)))
+            async def tell() -> bytes:
+                return self._tell(*self._tenants)
+
+            told = asyncio.run_coroutine_threadsafe(tell(), loop)
             tree: dict[str, Any] = json.loads(told.result(SCRAPE_TIMEOUT_S))
             return tree
 
@@ -177,7 +183,9 @@ class Daemon:
         except KVStoreError as error:
             log.error("configuration not reloaded", problem=str(error))
             return
-        changed, needs_restart = reloadable_changes(self._config, fresh)
+        changed, _ = reloadable_changes(self._reloaded, fresh)
+        _, needs_restart = reloadable_changes(self._config, fresh)
+        self._reloaded = fresh
         configure_logs(fresh)
         for tenant in self._tenants.values():
             tenant.reload(fresh)

@@ -1,12 +1,13 @@
 """The front door: the schema's gRPC service on a Unix socket, for any language.
 
-A session is an Attach stream: its first message tells the token that every other call carries in the
-metadata entry `kvstore-session-bin`; the end of the stream, from any cause, is the end of the session.
+A session is an Attach stream: its first message tells the token that every other call carries in
+the metadata entry `kvstore-session-bin`; the end of the stream, from any cause, ends the session.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import secrets
 from collections.abc import AsyncIterator
@@ -27,7 +28,22 @@ from kvstore.service import Service
 SESSION_ENTRY = "kvstore-session-bin"
 ERROR_ENTRY = "kvstore-error"
 
+# How the grant of a call whose caller has gone is undone.
+_UNDO: dict[int, tuple[int, Any]] = {
+    pb.ACQUIRE: (pb.RELEASE, pb.ReleaseRequest),
+    pb.RESERVE: (pb.ABORT, pb.AbortRequest),
+}
+
 log = structlog.get_logger()
+
+
+@dataclasses.dataclass(eq=False)
+class _Attached:
+    """A session, and the calls of it that wait for their answers."""
+
+    session: Session
+    waiting: set[asyncio.Future[Any]] = dataclasses.field(default_factory=set)
+    ended: bool = False
 
 
 class FrontDoor:
@@ -37,7 +53,7 @@ class FrontDoor:
         self._service = service
         self._path = path
         self._gid = gid
-        self._sessions: dict[bytes, Session] = {}
+        self._sessions: dict[bytes, _Attached] = {}
         self._loop = asyncio.get_running_loop()
         self._server: Any = grpc.aio.server(
             options=[
@@ -79,9 +95,9 @@ class FrontDoor:
         except KVStoreError as error:
             await self._abort(context, error)
             return
-        peer = Peer(self._loop, request.pid) if request.pid else None
+        peer = Peer(self._loop, request.pid, claimed=True)
         token = secrets.token_bytes(16)
-        self._sessions[token] = session
+        attached = self._sessions[token] = _Attached(session)
         log.info("client attached", session=session.number, door="front", pid=request.pid)
         try:
             reply.token = token
@@ -89,29 +105,39 @@ class FrontDoor:
             await asyncio.Event().wait()  # until the client, or the server, ends the stream
         finally:
             del self._sessions[token]
+            attached.ended = True
+            for late in attached.waiting:
+                if not late.done():
+                    late.set_result(SessionLost("the session has ended: call Attach again"))
             blocks = self._service.detach(session)
             log.info("client gone", session=session.number, door="front")
-            if blocks and peer is not None:
+            if blocks:
+                # Without a process to watch they stay quarantined until the daemon restarts.
+                log.warning("slots quarantined", pid=request.pid, slots=len(blocks))
                 peer.when_gone(lambda: self._service.unquarantine(blocks))
-            elif peer is not None:
+            else:
                 peer.close()
-            # Without a process to watch, its slots stay quarantined until the daemon restarts.
 
     def _handler(self, verb: int) -> Any:
         async def handle(request: Any, context: Any) -> Any:
             late: asyncio.Future[Any] = self._loop.create_future()
-
-            def answer(message: Any) -> None:
-                if not late.done():
-                    late.set_result(message)
-
             try:
-                reply = self._service.handle(self._session(context), verb, request, answer)
+                attached = self._attached(context)
+
+                def answer(message: Any) -> None:
+                    if late.done():
+                        self._undo(attached, verb, message)
+                    else:
+                        late.set_result(message)
+
+                reply = self._service.handle(attached.session, verb, request, answer)
                 self._loop.call_soon(self._service.settle)
                 if reply is None:
-                    reply = await late
+                    reply = await self._late(attached, verb, late)
                 if isinstance(reply, KVStoreError):
                     raise reply
+                if (context.time_remaining() or 1.0) <= 0:  # None: the caller waits for ever
+                    self._undo(attached, verb, reply)
                 return reply
             except KVStoreError as error:
                 self._service.store.counters.errors[type(error).__name__] += 1
@@ -126,13 +152,34 @@ class FrontDoor:
 
         return handle
 
-    def _session(self, context: Any) -> Session:
+    async def _late(self, attached: _Attached, verb: int, late: asyncio.Future[Any]) -> Any:
+        """The answer that comes later. When the caller goes before, what it is granted is undone,
+        here or when it comes."""
+        attached.waiting.add(late)
+        try:
+            return await late
+        except asyncio.CancelledError:
+            if late.done() and not late.cancelled():
+                self._undo(attached, verb, late.result())
+            raise
+        finally:
+            attached.waiting.discard(late)
+
+    def _undo(self, attached: _Attached, verb: int, reply: Any) -> None:
+        """Nobody will hear of this answer: what it grants goes back."""
+        lease = getattr(reply, "lease", 0)
+        if verb in _UNDO and lease and not attached.ended:
+            end, request = _UNDO[verb]
+            self._service.handle(attached.session, end, request(lease=lease), lambda _: None)
+            self._loop.call_soon(self._service.settle)
+
+    def _attached(self, context: Any) -> _Attached:
         for entry, value in context.invocation_metadata():
             if entry == SESSION_ENTRY and value in self._sessions:
                 return self._sessions[value]
         raise SessionLost(
-            f"the call carries no token of a live session in {SESSION_ENTRY}: call Attach, keep its "
-            "stream open, and send the token that it gave"
+            f"the call carries no token of a live session in {SESSION_ENTRY}: call Attach, keep "
+            "its stream open, and send the token that it gave"
         )
 
     @staticmethod

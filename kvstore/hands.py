@@ -53,10 +53,9 @@ class Hands:
             block = slots.owner(page)
             offset = page * SLOT_ALIGNMENT
             if block == NOBODY:
-                if (
-                    table.slot_bytes[slab]
-                    and not offset % table.slab_bytes % table.slot_bytes[slab]
-                ):
+                # The slab may have slots of another size by now, and what is left at its end none.
+                size, inside = table.slot_bytes[slab], offset % table.slab_bytes
+                if size and not inside % size and inside + size <= table.slab_bytes:
                     table.clear(offset)
                 continue
             sums = catalog.sums[block]

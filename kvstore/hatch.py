@@ -1,14 +1,14 @@
-"""The hatch: frames of the schema's messages on a Unix stream socket. One connection is one session.
+"""The hatch: frames of the schema's messages on a Unix stream socket; a connection is a session.
 
     request    u32 length of what follows | u8 verb   | u8 0      | u16 0 | u32 number | message
     answer     u32 length of what follows | u8 verb   | u8 status | u16 0 | u32 number | message
 
 All little-endian. Status 0 carries the verb's reply, status 1 an ErrorReply. The number is the
-caller's; answers come in any order. The first request must be ATTACH. A frame that is too long, or no
-ATTACH at first, ends the connection: there is no telling where the next one would start.
+caller's; answers come in any order. The first request must be ATTACH. A frame that is too long, or
+no ATTACH at first, ends the connection: there is no telling where the next one would start.
 
-A plain non-blocking socket on the loop's reader and writer, not a transport: an answer leaves in the
-system call that follows the request, before anything else that can wait.
+A plain non-blocking socket on the loop's reader and writer, not a transport: an answer leaves in
+the system call that follows the request, before anything else that can wait.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 
 import structlog
 
+from kvstore.busy_poll import BusyPoll
 from kvstore.errors import InternalError, InvalidRequest, KVStoreError
 from kvstore.leases import Session
 from kvstore.peers import Peer
@@ -34,6 +35,9 @@ OK, ERROR = 0, 1
 FRAME_BYTES_MAX = 8 << 20  # 65,536 hashes of 64 bytes, and room
 UNSENT_BYTES_MAX = 16 << 20  # a client that does not read its answers is cut off
 READ_BYTES = 256 << 10
+ATTACH_S = 10.0  # a connection that has not attached by then is closed
+UNATTACHED_MAX = 64  # connections beyond the number of sessions that may be
+ACCEPT_AGAIN_S = 0.2  # after the system refused to give us a connection
 
 log = structlog.get_logger()
 
@@ -41,8 +45,11 @@ log = structlog.get_logger()
 class Hatch:
     """The listening socket of one tenant, and its connections."""
 
-    def __init__(self, service: Service, path: Path, *, gid: int | None) -> None:
+    def __init__(
+        self, service: Service, path: Path, *, gid: int | None, busy_poll: BusyPoll
+    ) -> None:
         self._service = service
+        self.busy_poll = busy_poll
         self._loop = asyncio.get_running_loop()
         self.path = path
         self.connections: set[Connection] = set()
@@ -56,7 +63,7 @@ class Hatch:
         if gid is not None:
             os.chown(path, -1, gid)
         self._socket.listen(1_024)
-        self._loop.add_reader(self._socket, self._accept)
+        self._listen()
 
     def close(self) -> None:
         """No new clients; the connected ones are cut off."""
@@ -65,6 +72,10 @@ class Hatch:
         self.path.unlink(missing_ok=True)
         for connection in list(self.connections):
             connection.close("the daemon stops")
+
+    def _listen(self) -> None:
+        if self._socket.fileno() >= 0:
+            self._loop.add_reader(self._socket, self._accept)
 
     def _accept(self) -> None:
         try:
@@ -75,6 +86,12 @@ class Hatch:
             log.error(
                 "cannot accept a client", tenant=self._service.info.tenant, problem=str(error)
             )
+            # It stays readable: without a pause the loop would do nothing but come back here.
+            self._loop.remove_reader(self._socket)
+            self._loop.call_later(ACCEPT_AGAIN_S, self._listen)
+            return
+        if len(self.connections) >= self._service.store.limits.sessions + UNATTACHED_MAX:
+            accepted.close()
             return
         self.connections.add(Connection(self, self._service, self._loop, accepted))
 
@@ -98,12 +115,15 @@ class Connection:
         self._session: Session | None = None
         self._received = b""
         self._unsent = bytearray()
+        self._attach_timer = loop.call_later(ATTACH_S, self.close, "it did not attach")
         loop.add_reader(accepted, self._readable)
+        self._peer.when_gone(self._process_ended)
 
     def close(self, why: str) -> None:
         """End the session; what it was writing stays quarantined while its process lives."""
         if self._socket is None:
             return
+        self._attach_timer.cancel()
         self._loop.remove_reader(self._socket)
         if self._unsent:
             self._loop.remove_writer(self._socket)
@@ -120,6 +140,11 @@ class Connection:
             self._peer.when_gone(lambda: self._service.unquarantine(blocks))
         else:
             self._peer.close()
+
+    def _process_ended(self) -> None:
+        """A child that it forked may hold the connection open: the session ends all the same."""
+        self._readable()  # what it had sent before still counts
+        self.close("its process has ended")
 
     def _readable(self) -> None:
         assert self._socket is not None
@@ -146,6 +171,7 @@ class Connection:
             self._request(verb, number, data[at + HEADER.size : at + 4 + length])
             at += 4 + length
         self._received = data[at:]
+        self._hatch.busy_poll.served()
 
     def _request(self, verb: int, number: int, payload: bytes) -> None:
         if self._session is None:
@@ -177,6 +203,7 @@ class Connection:
             self._answer(verb, number, error)
             self.close(str(error))
             return
+        self._attach_timer.cancel()
         log.info("client attached", session=self._session.number, pid=self._peer.pid)
         self._answer(verb, number, reply)
 

@@ -20,16 +20,18 @@ class DeviceHealth:
         self._probe_at = 0.0
         self._probing = False
 
-    def failed(self, now: float) -> None:
-        """An operation or a probe failed."""
-        self._probing = False
+    def failed(self, now: float, *, probe: bool = False) -> None:
+        """An operation or a probe failed. Of a fenced device only its probes count: operations
+        that were under way when it failed say nothing new."""
+        if probe:
+            self._probing = False
         self._failures += 1
         if self.ok and self._failures >= FAILURES_IN_A_ROW:
             self.ok = False
             self.fenced += 1
             self._wait_s = PROBE_FIRST_S
             self._probe_at = now + self._wait_s
-        elif not self.ok:
+        elif probe and not self.ok:
             self._wait_s = min(2 * self._wait_s, PROBE_LAST_S)
             self._probe_at = now + self._wait_s
 

@@ -55,7 +55,7 @@ VERSION = 1
 MAP_BYTES = 1 << 30  # address space, not memory; doubled when full
 PENDING_MAX = 8192  # more than these do not wait for the interval
 BATCH_MAX = 1 << 16  # records of one transaction: bounds its memory
-BACKOFF_S_MAX = 60.0
+BACKOFF_S_MIN, BACKOFF_S_MAX = 0.1, 60.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,11 @@ class Index:
         before_commit: Callable[[], None],
         on_state: Callable[[str | None], None],
     ) -> None:
-        """Read what is there and start the thread; OSError when the folder cannot be used."""
+        """Read what is there and start the thread.
+
+        A file that cannot be believed is dropped with a warning; OSError when the folder cannot be
+        used, or when the system lacks what it takes to read the file: then the file is kept.
+        """
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.path = folder / FILE_NAME
         self.warnings: list[str] = []
@@ -265,12 +269,12 @@ class Index:
                     txn.put(KEY.pack(offset), value, db=slots)
 
     def _succeeded(self) -> None:
+        self._retry_s = 0.0
+        self._say(None)
         with self._wake:
             self._durable = self._taken_mark
             self._taken, self._taken_layouts = {}, {}
             self._wake.notify_all()
-        self._retry_s = 0.0
-        self._say(None)
 
     def _failed(self, error: Exception) -> None:
         """Keep what was taken for another try, with an environment opened anew."""
@@ -279,11 +283,10 @@ class Index:
             self._env = None
         # LMDB's own error numbers are negative: the file itself is in doubt, and not for our LMDB.
         self._inherited |= isinstance(error, lmdb.Error) and getattr(error, "code", -1) < 0
-        longer_s = max(2 * self._retry_s, self._sync_interval_s, 0.1)
-        self._retry_s = min(longer_s, BACKOFF_S_MAX)
+        self._retry_s = min(2 * self._retry_s or BACKOFF_S_MIN, BACKOFF_S_MAX)
         self._retry_at = time.monotonic() + self._retry_s
         self._say(
-            f"the NVMe index {self.path} cannot be written ({error or type(error).__name__}): new "
+            f"the NVMe index {self.path} cannot be written ({type(error).__name__}: {error}): new "
             "NVMe blocks will be lost at a restart; check the space and the health of that disk"
         )
 
@@ -315,10 +318,10 @@ class Index:
                 readahead=False,
             )
             undo.callback(env.close)
-            self._dbs = {name: env.open_db(name) for name in (SLOTS, LAYOUTS, META)}
-            with env.begin(write=True, db=self._dbs[META]) as txn:
-                for name, value in self._meta().items():
-                    txn.put(name.encode(), value)
+            with env.begin(write=True) as txn:  # one, so that a new file is whole or empty
+                self._dbs = {name: env.open_db(name, txn) for name in (SLOTS, LAYOUTS, META)}
+                for field, value in self._meta().items():
+                    txn.put(field.encode(), value, db=self._dbs[META])
             folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
             undo.callback(os.close, folder)
             os.fsync(folder)
@@ -337,7 +340,7 @@ class Index:
             return None
         try:
             scan = index_reader.scan(self.path)
-        except (Unreadable, OSError) as error:
+        except Unreadable as error:
             self._drop(f"cannot be read ({error})")
             return None
         if scan.meta.get("format") != self._meta()["format"]:

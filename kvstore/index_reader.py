@@ -15,7 +15,9 @@ What `scan` writes to its standard output, little endian:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import gc
 import itertools
 import json
@@ -40,7 +42,12 @@ CHUNK = struct.Struct("<II")
 HASH_BYTES_MIN, HASH_BYTES_MAX, SUM_BYTES = 8, 64, 8
 CHUNK_RECORDS = 1 << 12  # small enough to stay in a CPU's cache
 PAIR_BYTES_MIN = 10  # what LMDB needs for any pair
-BYTES_PER_S_MIN = 4 << 20  # a child slower than this, and than 30 s, hangs in a damaged file
+# How the child ends when the file is at fault; any other end is no verdict on it.
+UNREADABLE = 4
+DEATHS_BY_FILE = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}
+# Errors that LMDB passes on from the system; others, also ENOMEM, come of sizes in a damaged file.
+SYSTEM_TROUBLE = {errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.EAGAIN, errno.EIO}
+READ_S_MIN, READ_BYTES_PER_S_MIN = 30.0, 4 << 20  # who is slower hangs in a damaged file
 
 
 class Unreadable(Exception):
@@ -79,43 +86,53 @@ def are_lengths(value_bytes: int, hash_bytes: int) -> bool:
 def scan(path: Path) -> Scan:
     """Everything that can be read from the file.
 
-    Raises Unreadable when nothing can, OSError when no child can be started.
+    Raises Unreadable when nothing can, also when the reader hangs; OSError when the trouble is not
+    the file's: no process, no memory, no permission. Then the file may be good.
     """
     with open(os.memfd_create("kvstore-index"), "w+b") as out:
-        _run_child(path, "scan", out.fileno(), os.fspath(path))
-        out.seek(0)
-        return _parse(path, memoryview(out.read()))
+        try:
+            _run_child("scan", out.fileno(), path)
+            out.seek(0)
+            return parse(memoryview(out.read()))
+        except (TimeoutError, struct.error, ValueError, KeyError) as error:
+            raise Unreadable(str(error)) from None
 
 
 def rewrite(path: Path, fresh: Path) -> None:
-    """Write what can be read from `path` to the new file `fresh`, durably; raises like `scan`."""
+    """Write what can be read from `path` to the new file `fresh`, durably; raises like `scan`.
+
+    Being slow is no verdict here, for `scan` has read the file before: TimeoutError, an OSError.
+    """
     fresh.unlink(missing_ok=True)
-    _run_child(path, "rewrite", subprocess.DEVNULL, os.fspath(path), os.fspath(fresh))
+    _run_child("rewrite", subprocess.DEVNULL, path, fresh)
 
 
-def _run_child(path: Path, verb: str, stdout: int, *arguments: str) -> None:
+def _run_child(verb: str, stdout: int, path: Path, *more: Path) -> None:
     where = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
     try:
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "kvstore.index_reader", verb, *arguments],
+            [sys.executable, "-P", "-m", "kvstore.index_reader", verb, path, *more],
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": where},
-            timeout=30 + path.stat().st_size / BYTES_PER_S_MIN,
+            timeout=READ_S_MIN + path.stat().st_size / READ_BYTES_PER_S_MIN,
+            start_new_session=True,  # Ctrl-C in a terminal is for the daemon alone
         )
     except subprocess.TimeoutExpired as error:
-        raise Unreadable(f"reading it took more than {error.timeout:.0f} s") from None
-    if done.returncode < 0:
-        raise Unreadable(f"its reader died of {signal.Signals(-done.returncode).name}")
+        raise TimeoutError(f"{path}: its reader took more than {error.timeout:.0f} s") from None
+    status = done.returncode
     text = done.stderr.decode(errors="replace").strip().splitlines()
-    if done.returncode == NO_ROOM:
-        raise OSError(f"cannot rewrite {path}: {text[-1] if text else 'no reason given'}")
-    if done.returncode:
-        raise Unreadable(text[-1] if text else f"its reader ended with {done.returncode}")
+    if status == UNREADABLE:
+        raise Unreadable(text[-1] if text else "no reason given")
+    if -status in DEATHS_BY_FILE:
+        raise Unreadable(f"its reader died of {signal.Signals(-status).name}")
+    if status:  # a lack of memory or room, or a signal from outside
+        raise OSError(f"{path}: its reader ended with {status}: {text[-1] if text else ''}")
 
 
-def _parse(path: Path, data: memoryview) -> Scan:
+def parse(data: memoryview) -> Scan:
+    """Take apart what the child wrote."""
     chunks = []
     place = 0
     while True:
@@ -138,21 +155,19 @@ def _parse(path: Path, data: memoryview) -> Scan:
 
 # --- In the child
 
-NO_ROOM = 3  # exit status: the file was readable, but the new one could not be written
-
 
 def main(arguments: list[str]) -> int:
-    """Run one verb; 0 done, 1 unreadable, NO_ROOM; the last line of stderr says why."""
+    """Run one verb and return the exit status; the last line of stderr says why."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # dying here is foreseen
     gc.disable()  # millions of tuples, no cycles, a short life
     try:
         if arguments[0] == "scan":
             _scan(arguments[1], sys.stdout.buffer)
         else:
-            return _rewrite(arguments[1], arguments[2])
-    except (lmdb.Error, OSError, _Damaged) as error:
+            _rewrite(arguments[1], arguments[2])
+    except (lmdb.Error, _Damaged) as error:
         sys.stderr.write(f"{error}\n")
-        return 1
+        return 1 if getattr(error, "code", 0) in SYSTEM_TROUBLE else UNREADABLE
     return 0
 
 
@@ -215,48 +230,41 @@ def _write_chunk(out: BinaryIO, keys: Sequence[bytes], values: Sequence[bytes]) 
     out.write(b"".join(values))
 
 
-def _rewrite(path: str, fresh: str) -> int:
+def _rewrite(path: str, fresh: str) -> None:
     size = 4 * os.stat(path).st_size + (64 << 20)
     with _open(path) as old, old.begin() as source:
-        try:
+        with _writing():
             new = lmdb.open(fresh, subdir=False, lock=False, max_dbs=3, map_size=size, mode=0o600)
-        except lmdb.Error as error:
-            sys.stderr.write(f"{error}\n")
-            return NO_ROOM
+            target = new.begin(write=True)
         for name in (META, LAYOUTS, SLOTS):
-            db = old.open_db(name, source, create=False)
-            pairs = _pairs(source, db, path)
-            if name == SLOTS:
-                pairs = (pair for pair in pairs if _is_well_formed(*pair))
-            failure = _copy(new, new.open_db(name), pairs)
-            if failure:
-                sys.stderr.write(f"{failure}\n")
-                return NO_ROOM
-        new.close()
-    return 0
+            chunks = _chunks(source, old.open_db(name, source, create=False), path)
+            with _writing():
+                db = new.open_db(name, target)
+            last = b""
+            for chunk in chunks:
+                with _writing():
+                    for key, value in chunk:
+                        if name != SLOTS or _is_well_formed(key, value):
+                            target.put(key, value, append=key > last, db=db)
+                            last = max(last, key)
+        with _writing():
+            target.commit()
+            new.close()
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """Trouble with the new file is the system's and no verdict on the old one."""
+    try:
+        yield
+    except lmdb.Error as error:
+        raise OSError(f"cannot write it: {error}") from error
 
 
 def _is_well_formed(key: bytes, value: bytes) -> bool:
     if len(key) != KEY.size or len(value) < VALUE.size:
         return False
     return are_lengths(len(value), value[VALUE.size - 1])
-
-
-def _copy(new: Any, db: Any, pairs: Iterator[tuple[bytes, bytes]]) -> str:
-    """Put all pairs into the new file; a sentence when writing fails, for reading may fail, too."""
-    txn = new.begin(write=True, db=db)
-    last = b""
-    for key, value in pairs:
-        try:
-            txn.put(key, value, append=key > last)
-        except lmdb.Error as error:
-            return str(error)
-        last = max(last, key)
-    try:
-        txn.commit()
-    except lmdb.Error as error:
-        return str(error)
-    return ""
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def tenant_document(store: Store) -> dict[str, Any]:
             "known": len(store.catalog),
         },
         "tiers": {name: _tier(store, number) for number, name in enumerate(TIERS)},
-        "moves": {"spills": placement.spills, "loads": placement.loads},
+        "moves": {"spills": placement.spills, "loads": placement.loads, "due": placement.due()},
         "saved": {
             "tokens": counters.saved_tokens,
             "prefill_seconds": counters.saved_prefill_s,

@@ -6,6 +6,8 @@ worker threads (`report`). A load that a client waits for overtakes everything t
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 import time
 from collections import deque
@@ -92,6 +94,9 @@ class Mover:
             return None
 
     def _work(self) -> None:
+        # A worker that wakes does not push the event loop off its processor.
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         scratch: mmap | None = None
         while (move := self._next()) is not None:
             problem = ""

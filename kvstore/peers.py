@@ -1,4 +1,4 @@
-"""Who is at the other end of a socket, and when that process has ended: told by the kernel alone."""
+"""Who is at the other end of a socket, and when that process has ended, as the kernel tells it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,26 @@ import struct
 from collections.abc import Callable
 
 _UCRED = struct.Struct("3i")
+LOOK_AGAIN_S = 1.0
 
 
 class Peer:
-    """A client process, held by a descriptor that no later process of that number can take over."""
+    """A client process, held by a descriptor that no later process of that number can take over.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, pid: int) -> None:
+    Where there is no descriptor (the daemon has none left, or the number means nothing here, as for
+    a process of another pid namespace) the process counts as alive: its slots stay as they are.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, pid: int, *, claimed: bool = False) -> None:
+        """`claimed`: the number comes from the client, not from the kernel, so that no process of
+        that number proves nothing."""
         self.pid = pid
         self._loop = loop
-        self._file: int | None
-        try:
-            self._file = os.pidfd_open(pid)
-        except OSError:
-            self._file = None  # gone already, or not ours to see
+        self._claimed = claimed
+        self._file: int | None = None
+        self._gone = False
+        self._then: Callable[[], None] | None = None
+        self._open()
 
     @classmethod
     def of(cls, loop: asyncio.AbstractEventLoop, connection: socket.socket) -> Peer:
@@ -30,21 +37,43 @@ class Peer:
         return cls(loop, _UCRED.unpack(raw)[0])
 
     def when_gone(self, then: Callable[[], None]) -> None:
-        """Call `then` once, when the process has ended; at once if it has."""
-        if self._file is None:
-            then()
-            return
-        file, self._file = self._file, None
-
-        def ended() -> None:
-            self._loop.remove_reader(file)
-            os.close(file)
-            then()
-
-        self._loop.add_reader(file, ended)
+        """Call `then` once, when the process has ended; at once if it has. It replaces an earlier
+        one that has not been called yet."""
+        self._then = then
+        self._watch()
 
     def close(self) -> None:
         """Nobody asks about the process any more."""
+        self._then = None
         if self._file is not None:
+            self._loop.remove_reader(self._file)
             os.close(self._file)
             self._file = None
+
+    def _open(self) -> None:
+        try:
+            self._file = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            self._gone = not self._claimed
+        except (OSError, OverflowError):
+            return  # not to be had now: looked for again
+
+    def _watch(self) -> None:
+        if self._then is None:
+            return
+        if self._file is None and not self._gone and self.pid > 0:
+            self._open()
+        if self._file is not None:
+            self._loop.add_reader(self._file, self._ended)
+        elif self._gone:
+            then, self._then = self._then, None
+            then()
+        else:
+            self._loop.call_later(LOOK_AGAIN_S, self._watch)
+
+    def _ended(self) -> None:
+        then = self._then
+        self.close()
+        self._gone = True
+        if then is not None:
+            then()

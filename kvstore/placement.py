@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from kvstore.catalog import DOOMED, FRESH, LOADING, READY, SPILLING, STORED, TWICE, WRITING
 from kvstore.eviction.base import Policy
@@ -52,7 +52,10 @@ class Placement:
         self.spills = 0  # moves under way
         self.loads = 0
         self.load_bytes_per_s = 0.0  # as seen while loads queue; 0 before the first
+        # Gives up that many blocks that nobody completes, if there are; told by who knows them.
+        self.reclaim: Callable[[int], bool] = lambda count: False
         self._last_load_end: float | None = None
+        self._loaded_bytes = 0  # by loads that ended in the same moment as the last
         self._backlog: deque[int] = deque()
         self._budget_at = 0.0
         self._budget = 0.0
@@ -63,18 +66,22 @@ class Placement:
         """Give leading blocks of one layout a DRAM slot each; returns how many got one.
 
         A block whose copy on NVMe is still due is spared, and its spill ordered, unless `force`:
-        then it is lost.
+        then it is lost. It is lost too when no copy is under way nor can be ordered, for want of
+        write budget or of room on NVMe: waiting would bring nothing.
         """
         if not blocks:
             return 0
-        got = self.room.take(DRAM, self.catalog.entry(blocks[0]), blocks, now, force=force)
-        if unsaved := self.room.unsaved:
-            self.room.unsaved = []
-            for block in unsaved:
-                if self.spills >= self.config.queue_depth or not self._afford(block, now):
-                    break
-                if self.catalog.flags[block] & (READY | STORED | SPILLING | DOOMED) == READY:
-                    self._spill(block, now)
+        entry = self.catalog.entry(blocks[0])
+        got = self.room.take(DRAM, entry, blocks, now, force=force)
+        unsaved, self.room.unsaved = self.room.unsaved, []
+        self._save(unsaved, now)
+        wanted = len(blocks) - got
+        while got < len(blocks) and (force or not self.spills) and self.reclaim(wanted):
+            got += self.room.take(DRAM, entry, blocks[got:], now, force=force)
+            wanted *= 2  # those may have been of another slot size
+        self.room.unsaved.clear()
+        if got < len(blocks) and unsaved and not self.spills:
+            got += self.room.take(DRAM, entry, blocks[got:], now, force=True)
         return got
 
     def publish(self, blocks: Sequence[int], now: float) -> None:
@@ -89,10 +96,10 @@ class Placement:
             for slab in {self.room.dram.slab_of(catalog.dram[block]) for block in blocks}:
                 self.room.dram.touched[slab] = now
 
-    def store_through(self, blocks: Iterable[int]) -> None:
+    def store_through(self, blocks: Sequence[int]) -> None:
         """Queue the copies to NVMe that the write policy asks for when blocks are committed."""
         if self.write_policy == "through" and self.health.ok:
-            self._backlog.extend(blocks)
+            self._backlog.extend(reversed(blocks))  # what is stored last is the last to leave
 
     def save_all(self, now: float) -> None:
         """Queue the copies of all that is in DRAM, coldest first."""
@@ -106,24 +113,26 @@ class Placement:
         self.room.policy(DRAM, entry.slot_bytes).touch(blocks, now)
         if self.room.nvme.slab_count:
             self.room.policy(NVME, entry.slot_bytes).touch(blocks, now)
-        per_slab, dram = self.room.dram.slab_pages, catalog.dram
-        for slab in {dram[block] // per_slab for block in blocks}:
-            if slab < self.room.dram.slab_count:
-                self.room.dram.touched[slab] = now
+        for slots, column in ((self.room.dram, catalog.dram), (self.room.nvme, catalog.nvme)):
+            if slots.slab_count:
+                for slab in {column[block] // slots.slab_pages for block in blocks}:
+                    if slab < slots.slab_count:  # it has a place there
+                        slots.touched[slab] = now
         if self.write_policy == "second-touch":
             flags = catalog.flags
-            for block in blocks:
+            for block in reversed(blocks):
                 if not flags[block] & TWICE:
                     flags[block] |= TWICE
                     if flags[block] & (READY | STORED) == READY:
                         self._backlog.append(block)
 
-    def unwrite(self, blocks: Iterable[int]) -> None:
+    def unwrite(self, blocks: Sequence[int]) -> None:
         """Blocks that were being written never will be: their slots are free."""
         for block in blocks:
             self.catalog.flags[block] &= ~WRITING
-            self.room.free(DRAM, block)
-            self.room.settle(block)
+        self.room.free(DRAM, blocks)
+        self.room.settle(blocks)
+        self.room.orders.room = True
 
     # -- moves ---------------------------------------------------------------------------------
 
@@ -132,15 +141,22 @@ class Placement:
         flags = self.catalog.flags
         while self._backlog and self.spills < self.config.queue_depth and self.health.ok:
             block = self._backlog[0]
-            if flags[block] & (READY | STORED | SPILLING | DOOMED) != READY:
+            if not self._may_spill(block):
                 self._backlog.popleft()
                 continue
             if not self._afford(block, now):
                 return
+            if not self._spill(block, now):
+                self._backlog.rotate(-1)  # no slot for it now; each try looks at many blocks
+                return
             self._backlog.popleft()
-            self._spill(block, now)
         if len(self._backlog) > 2 * self.room.resident(DRAM) + 1_024:
-            self._backlog = deque(b for b in self._backlog if flags[b] & (READY | STORED) == READY)
+            due = dict.fromkeys(self._backlog)
+            self._backlog = deque(b for b in due if flags[b] & (READY | STORED) == READY)
+
+    def due(self) -> int:
+        """Spills under way or waiting, at most: some may turn out to be needless."""
+        return self.spills + len(self._backlog)
 
     def load(self, block: int, now: float, *, demand: bool) -> bool:
         """Order a stored block up into DRAM. False when there is no room for it."""
@@ -175,10 +191,8 @@ class Placement:
         elif move.kind is MoveKind.VERIFY:
             self.room.unhold(move.block)
             if outcome is Outcome.CORRUPT:
-                self.counters.nvme.corrupt += 1
-                self.room.leave(NVME, move.block, "corrupt")
-            else:
-                self.room.reap(move.block)
+                self._damaged(move.block)
+            self.room.reap([move.block])
         self.room.orders.room = True
 
     # -- inside --------------------------------------------------------------------------------
@@ -199,8 +213,24 @@ class Placement:
             )
         )
 
+    def _save(self, blocks: Sequence[int], now: float) -> None:
+        """Order spills of blocks that stand in the way, as far as queue and budget allow."""
+        for block in blocks:
+            if self.spills >= self.config.queue_depth:
+                return
+            if self._may_spill(block) and not (
+                self._afford(block, now) and self._spill(block, now)
+            ):
+                return
+
+    def _may_spill(self, block: int) -> bool:
+        """Whether there is something to copy; blocks in a queue may have changed since."""
+        flags = self.catalog.flags[block]
+        mask, due = self._must_save()
+        return flags & (READY | STORED | SPILLING | DOOMED) == READY and flags & mask == due
+
     def _afford(self, block: int, now: float) -> bool:
-        """Take the block's bytes from the write budget, if they are there."""
+        """Whether the write budget has the block's bytes. They are taken when it is spilled."""
         rate = self.config.write_budget
         if rate is None:
             return True
@@ -208,28 +238,26 @@ class Placement:
         most = max(rate * 60.0, float(size))  # a minute's worth may be saved up
         self._budget = min(most, self._budget + (now - self._budget_at) * rate)
         self._budget_at = now
-        if self._budget < size:
-            return False
-        self._budget -= size
-        return True
+        return self._budget >= size
 
-    def _must_save(self, block: int) -> bool:
-        """Whether a block in DRAM is to be copied to NVMe before it may leave."""
-        flags = self.catalog.flags[block]
-        if flags & STORED or not self.health.ok:
-            return False
-        return self.write_policy != "second-touch" or bool(flags & TWICE)
+    def _must_save(self) -> tuple[int, int]:
+        """Which blocks in DRAM are to be copied to NVMe before they may leave: a mask of flags,
+        and what they are under it."""
+        if not self.health.ok:
+            return 0, 1  # none
+        return (STORED | TWICE, TWICE) if self.write_policy == "second-touch" else (STORED, 0)
 
     def _spill(self, block: int, now: float) -> bool:
-        catalog = self.catalog
-        if not self.room.take(NVME, catalog.entry(block), [block], now, force=True):
+        catalog, entry = self.catalog, self.catalog.entry(block)
+        if not self.room.take(NVME, entry, [block], now, force=True):
             return False
+        if self.config.write_budget is not None:
+            self._budget -= entry.slot_bytes
         catalog.flags[block] |= SPILLING
         catalog.pins[block] += 1
         self.spills += 1
-        self.room.orders.index[catalog.nvme[block]] = (
-            None  # whatever the index says of this slot is over
-        )
+        # Whatever the index says of this slot is over.
+        self.room.orders.index[catalog.nvme[block]] = None
         self._order(MoveKind.SPILL, block)
         return True
 
@@ -244,10 +272,10 @@ class Placement:
             counters.spilled += 1
             counters.written_bytes += entry.layout.block_bytes
         if catalog.flags[block] & DOOMED:
-            self.room.reap(block)
+            self.room.reap([block])
             return
         if outcome is not Outcome.DONE:
-            self.room.free(NVME, block)
+            self.room.free(NVME, [block])
             return
         assert move.sums is not None
         catalog.flags[block] |= STORED
@@ -272,32 +300,42 @@ class Placement:
             self.counters.nvme.latency.record(move.seconds)
             self._note_load_rate(entry.layout.block_bytes, now)
         if catalog.flags[block] & DOOMED:
-            self.room.reap(block)
+            self.room.reap([block])
             return
         if outcome is Outcome.DONE:
             self.publish([block], now)
             return
         catalog.flags[block] &= ~FRESH
-        self.room.free(DRAM, block)
+        self.room.free(DRAM, [block])
         if outcome is Outcome.CORRUPT:
-            self.counters.nvme.corrupt += 1
-            self.room.leave(NVME, block, "corrupt")
-        else:
-            self.room.settle(block)
+            self._damaged(block)
+
+    def _damaged(self, block: int) -> None:
+        """A read of the block's NVMe slot found other bytes. While a second one is under way the
+        slot stays: what that one finds decides."""
+        self.counters.nvme.corrupt += 1
+        if self.catalog.flags[block] & STORED and not self.room.held(block):
+            self.room.leave(NVME, [block], "corrupt")
 
     def _note_load_rate(self, size: int, now: float) -> None:
-        """Bytes per second between loads that end one after the other without a pause."""
-        if self._last_load_end is not None and now > self._last_load_end:
-            rate = size / (now - self._last_load_end)
-            old = self.load_bytes_per_s
-            self.load_bytes_per_s = rate if not old else old + 0.05 * (rate - old)
+        """Bytes per second between loads that end one after the other without a pause. Of loads
+        that are reported in the same moment, all but one count towards the next interval."""
+        if self._last_load_end is not None:
+            self._loaded_bytes += size
+            if now > self._last_load_end:
+                rate = self._loaded_bytes / (now - self._last_load_end)
+                old = self.load_bytes_per_s
+                self.load_bytes_per_s = rate if not old else old + 0.05 * (rate - old)
+                self._loaded_bytes = 0
+        if not self.loads:
+            self._loaded_bytes = 0
         self._last_load_end = now if self.loads else None
 
     def _note_health(self, move: Move, outcome: Outcome, now: float) -> None:
         was_ok = self.health.ok
         if outcome is Outcome.FAILED:
             self.counters.nvme.failed += 1
-            self.health.failed(now)
+            self.health.failed(now, probe=move.kind is MoveKind.PROBE)
             if not self.health.ok:
                 self._backlog.clear()
         else:

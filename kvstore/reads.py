@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvstore.catalog import DOOMED, FRESH, LOADING, READY, STORED, WRITING, LayoutEntry
+from kvstore.catalog import FRESH, LOADING, READY, STORED, WRITING, LayoutEntry
 from kvstore.errors import LimitExceeded
 from kvstore.leases import ReadLease, Session, Sessions
 from kvstore.orders import Move, MoveKind, Outcome
@@ -83,7 +83,7 @@ class Reads:
         if not isinstance(lease, ReadLease) or not lease.answered:
             return False
         del session.leases[number]
-        self._unpin(lease.blocks)
+        self.placement.room.unpin(lease.blocks)
         return True
 
     def finished(self, move: Move, outcome: Outcome, now: float) -> None:
@@ -110,7 +110,7 @@ class Reads:
             if waiting and lease in waiting:
                 waiting.remove(lease)
         lease.answered = True
-        self._unpin(lease.blocks)
+        self.placement.room.unpin(lease.blocks)
 
     def _climb(
         self,
@@ -148,9 +148,7 @@ class Reads:
             elif not self.placement.load(block, now, demand=True):
                 # The head goes before the tail, which the pins have kept in memory until now.
                 lease.stop = NO_ROOM
-                keep = max(at, len(chain) - max(1, (len(chain) - at) // 8))
-                self._unpin(chain[keep:])
-                del chain[keep:]
+                self._trim(chain, at)
                 continue
             at += 1
         for block in chain:
@@ -160,6 +158,15 @@ class Reads:
         self._advance(lease)
         if not wait and lease.ready < len(lease.blocks):
             self._shorten(lease, lease.ready, LATE)
+
+    def _trim(self, chain: list[int], at: int) -> None:
+        """Leave out an eighth of what is behind `at`; all of it, where that gives no slot free."""
+        flags, pins = self.catalog.flags, self.catalog.pins
+        keep = max(at, len(chain) - max(1, (len(chain) - at) // 8))
+        while keep > at and not any(flags[b] & READY and pins[b] == 1 for b in chain[keep:]):
+            keep -= 1
+        self.placement.room.unpin(chain[keep:])
+        del chain[keep:]
 
     def _worth(self, entry: LayoutEntry, chain: list[int], tokens_per_s: float) -> int:
         """How many leading blocks of the chain are faster loaded than computed."""
@@ -180,6 +187,8 @@ class Reads:
         flags, blocks = self.catalog.flags, lease.blocks
         while lease.ready < len(blocks) and flags[blocks[lease.ready]] & READY:
             lease.ready += 1
+        if lease.ready < len(blocks) and not flags[blocks[lease.ready]] & LOADING:
+            self._shorten(lease, lease.ready, ABSENT)  # it was forgotten while others were loaded
 
     def _shorten(self, lease: ReadLease, length: int, stop: int) -> None:
         """The lease ends before this block."""
@@ -192,7 +201,7 @@ class Reads:
             waiting = self._waiting.get(block)
             if waiting and lease in waiting:
                 waiting.remove(lease)
-        self._unpin(gone)
+        self.placement.room.unpin(gone)
 
     def _answer(self, lease: ReadLease, stop: int) -> None:
         """Make the lease final: what is ready is granted, the rest is left."""
@@ -234,12 +243,3 @@ class Reads:
         """Where each block was found: what was loaded for this very request counts as NVMe."""
         flags = self.catalog.flags
         return bytes(NVME if flags[block] & (FRESH | LOADING) else DRAM for block in blocks)
-
-    def _unpin(self, blocks: Sequence[int]) -> None:
-        pins, flags, seen = self.catalog.pins, self.catalog.flags, 0
-        for block in blocks:
-            pins[block] -= 1
-            seen |= flags[block]
-        if seen & DOOMED:
-            for block in blocks:
-                self.placement.room.reap(block)

@@ -22,16 +22,18 @@ class Retention:
     def retain(self, block: int, priority: int, until: float | None) -> bool:
         """Keep a block; priority 0 ends it. False when too many are kept already."""
         if not priority:
-            self.forget(block)
+            self.forget([block])
             return True
         if block not in self._kept and len(self._kept) >= RETAINED_MAX:
             return False
         self._kept[block] = (priority, math.inf if until is None else until)
         return True
 
-    def forget(self, block: int) -> None:
-        """The block is kept no longer."""
-        self._kept.pop(block, None)
+    def forget(self, blocks: Iterable[int]) -> None:
+        """The blocks are kept no longer."""
+        if self._kept:
+            for block in blocks:
+                self._kept.pop(block, None)
 
     def keeps(self, block: int, now: float) -> bool:
         """Whether a block is kept now."""
@@ -42,9 +44,14 @@ class Retention:
             return False
         return True
 
-    def pins(self, block: int) -> bool:
+    def pins(self, block: int, now: float) -> bool:
         """Whether a block is kept against everything."""
-        return block in self._kept and self._kept[block][0] >= PRIORITY_PINNED
+        return self.keeps(block, now) and self._kept[block][0] >= PRIORITY_PINNED
+
+    def expire(self, now: float) -> None:
+        """When there is no place left, give those back whose time is over."""
+        if len(self._kept) >= RETAINED_MAX:
+            self._kept = {block: kept for block, kept in self._kept.items() if kept[1] > now}
 
     def weakest(self, blocks: Iterable[int], count: int) -> list[int]:
         """Of these kept blocks, those that go first when nothing else can; pinned ones never."""

@@ -13,8 +13,10 @@ Moves are ordered elsewhere (`kvstore.placement`). No I/O, threads, clock or ran
 
 from __future__ import annotations
 
+import heapq
 from array import array
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 from kvstore.catalog import (
     DOOMED,
@@ -45,8 +47,9 @@ IN_USE = WRITING | LOADING | SPILLING
 class Room:
     """Tiers, who sits in them, and who goes first.
 
-    `must_save` tells whether a block's copy on NVMe is due before it may leave DRAM. Blocks that
-    were spared for that reason are left in `unsaved`, for the caller to order their spills.
+    `must_save` tells which blocks may not leave DRAM before their copy is on NVMe: those whose
+    flags under a mask have a value. Blocks that were spared for that reason are left in `unsaved`,
+    for the caller to order their spills.
     """
 
     def __init__(
@@ -54,7 +57,7 @@ class Room:
         dram: Slots,
         nvme: Slots,
         make_policy: Callable[[], Policy],
-        must_save: Callable[[int], bool],
+        must_save: Callable[[], tuple[int, int]],
     ) -> None:
         self.catalog = Catalog()
         self.counters = Counters()
@@ -104,6 +107,15 @@ class Room:
                 break
         return done
 
+    def unpin(self, blocks: Sequence[int]) -> None:
+        """One pin less on each of the blocks."""
+        pins, flags, seen = self.catalog.pins, self.catalog.flags, 0
+        for block in blocks:
+            pins[block] -= 1
+            seen |= flags[block]
+        if seen & DOOMED:
+            self.reap(blocks)
+
     def hold(self, block: int) -> None:
         """The block keeps its NVMe slot until `unhold`."""
         self._busy[block] = self._busy.get(block, 0) + 1
@@ -120,64 +132,89 @@ class Room:
 
     # -- leaving -------------------------------------------------------------------------------
 
-    def doom(self, block: int, reason: str) -> None:
-        """Nobody finds the block any more; its places are free with its last hold."""
-        catalog, slot_bytes = self.catalog, self.catalog.entry(block).slot_bytes
-        catalog.hide(block)
-        flags = catalog.flags[block]
-        if flags & READY:
-            self.policy(DRAM, slot_bytes).forget([block])
-            self.counters.dram.evicted[reason] += 1
-        if flags & STORED:
-            self.policy(NVME, slot_bytes).forget([block])
-            self.counters.nvme.evicted[reason] += 1
-            self.orders.index[catalog.nvme[block]] = None
-        catalog.flags[block] = flags & ~(READY | STORED) | DOOMED
-        self.retention.forget(block)
-        self.reap(block)
-
-    def reap(self, block: int) -> None:
-        """Free the places of a doomed block, if nothing holds it any more."""
-        catalog = self.catalog
-        if not catalog.flags[block] & DOOMED:
+    def doom(self, blocks: Sequence[int], reason: str) -> None:
+        """Nobody finds these blocks of one layout any more; their places are free with their last
+        hold."""
+        if not blocks:
             return
-        if catalog.pins[block] or block in self._busy or catalog.flags[block] & IN_USE:
-            return
-        self.free(DRAM, block)
-        self.free(NVME, block)
-        catalog.drop(block)
-        self.orders.room = True
+        catalog, flags, slot_bytes = self.catalog, self.catalog.flags, self._slot_bytes(blocks)
+        catalog.hide(blocks)
+        ready = [block for block in blocks if flags[block] & READY]
+        if ready:
+            self.policy(DRAM, slot_bytes).forget(ready)
+            self.counters.dram.evicted[reason] += len(ready)
+            # A block that is still held keeps its slot, but its record must not say committed.
+            self.orders.marks.update([catalog.dram[block] for block in ready])
+        stored = [block for block in blocks if flags[block] & STORED]
+        if stored:
+            self.policy(NVME, slot_bytes).forget(stored)
+            self.counters.nvme.evicted[reason] += len(stored)
+            self.orders.index.update(dict.fromkeys([catalog.nvme[block] for block in stored]))
+        for block in blocks:
+            flags[block] = flags[block] & ~(READY | STORED) | DOOMED
+        self.retention.forget(blocks)
+        self.reap(blocks)
 
-    def leave(self, tier: int, block: int, reason: str) -> None:
-        """The block leaves a tier; if it is in no other, it is forgotten."""
-        bit = READY | FRESH if tier == DRAM else STORED
-        catalog = self.catalog
-        assert catalog.flags[block] & bit
-        self.policy(tier, catalog.entry(block).slot_bytes).forget([block])
-        catalog.flags[block] &= ~bit
-        self.counters.tier(tier).evicted[reason] += 1
+    def reap(self, blocks: Sequence[int]) -> None:
+        """Free the places of those blocks that are doomed and that nothing holds any more."""
+        flags, pins, busy = self.catalog.flags, self.catalog.pins, self._busy
+        gone = [
+            block
+            for block in blocks
+            if flags[block] & (DOOMED | IN_USE) == DOOMED and not pins[block] and block not in busy
+        ]
+        if gone:
+            gone = list(dict.fromkeys(gone))  # a lease may name a block twice
+            self.free(DRAM, gone)
+            self.free(NVME, gone)
+            self.catalog.drop(gone)
+            self.orders.room = True
+
+    def leave(self, tier: int, blocks: Sequence[int], reason: str) -> None:
+        """The blocks, all of one slot size, leave a tier; those in no other are forgotten."""
+        if not blocks:
+            return
+        bit, gone = (READY, READY | FRESH) if tier == DRAM else (STORED, STORED)
+        catalog, flags = self.catalog, self.catalog.flags
+        for block in blocks:
+            assert flags[block] & bit, f"block {block} is not there to leave"
+            flags[block] &= ~gone
+        self.policy(tier, self._slot_bytes(blocks)).forget(blocks)
+        self.counters.tier(tier).evicted[reason] += len(blocks)
         if tier == NVME:
-            catalog.sums[block] = None
-            self.orders.index[catalog.nvme[block]] = None
-        self.free(tier, block)
-        self.settle(block)
+            for block in blocks:
+                catalog.sums[block] = None
+            self.orders.index.update(dict.fromkeys([catalog.nvme[block] for block in blocks]))
+        self.free(tier, blocks)
+        self.settle(blocks)
 
-    def free(self, tier: int, block: int) -> None:
-        """The block's slot in a tier, if it has one, is free."""
+    def free(self, tier: int, blocks: Sequence[int]) -> None:
+        """The slots of the blocks in a tier, where they have one, are free."""
         slots, column = self._tier(tier)
-        slot = column[block]
-        if slot != NOWHERE:
-            slots.give_back([slot])
+        pages = [column[block] for block in blocks if column[block] != NOWHERE]
+        if not pages:
+            return
+        slots.give_back(pages)
+        for block in blocks:
             column[block] = NOWHERE
-            if tier == DRAM:
-                self.orders.marks.add(slot)
+        if tier == DRAM:
+            self.orders.marks.update(pages)
 
-    def settle(self, block: int) -> None:
-        """A block that is nowhere any more is forgotten, at once or with its last hold."""
-        if self.catalog.flags[block] & DOOMED:
-            self.reap(block)
-        elif not self.catalog.flags[block] & (READY | STORED | IN_USE):
-            self.doom(block, "nowhere")
+    def settle(self, blocks: Sequence[int]) -> None:
+        """Blocks that are nowhere any more are forgotten, at once or with their last hold."""
+        catalog, flags, pins = self.catalog, self.catalog.flags, self.catalog.pins
+        there = READY | STORED | IN_USE | DOOMED
+        nowhere = [block for block in blocks if not flags[block] & there]
+        if nowhere:
+            catalog.hide(nowhere)
+            self.retention.forget(nowhere)
+            for block in nowhere:
+                if pins[block]:
+                    flags[block] |= DOOMED
+            catalog.drop([block for block in nowhere if not pins[block]])
+            self.orders.room = True
+        if len(nowhere) < len(blocks):
+            self.reap(blocks)
 
     def check(self) -> None:
         """Asserts that every slot has one owner, and that owners and places agree. For tests."""
@@ -208,6 +245,9 @@ class Room:
             return self.dram, self.catalog.dram
         return self.nvme, self.catalog.nvme
 
+    def _slot_bytes(self, blocks: Sequence[int]) -> int:
+        return self.catalog.entry(blocks[0]).slot_bytes
+
     def _make_room(self, tier: int, slot_bytes: int, short: int, now: float, force: bool) -> int:
         """Let blocks leave a tier so that slots of this size become free; returns how many left."""
         if now - self._slab_scanned[tier] >= SLAB_SCAN_S:
@@ -215,48 +255,48 @@ class Room:
             if left := self._take_over(tier, slot_bytes, now, force=force):
                 return left
         taken = self._pick(tier, self.policy(tier, slot_bytes), short, now, force)
-        for block in taken:
-            self.leave(tier, block, "room")
+        self.leave(tier, taken, "room")
         if taken or self.unsaved:
             return len(taken)
         return self._take_over(tier, slot_bytes, now, force=force, desperate=True)
 
     def _pick(self, tier: int, policy: Policy, short: int, now: float, force: bool) -> list[int]:
         """Blocks that may leave a tier now, least valuable first; at most `short`."""
-        pins, flags = self.catalog.pins, self.catalog.flags
+        pins, flags, busy = self.catalog.pins, self.catalog.flags, self._busy
+        keeps = self.retention.keeps if len(self.retention) else None
+        mask, due = (0, 1) if force or tier == NVME else self._must_save()
         taken: list[int] = []
         held: list[int] = []
         unsaved: list[int] = []
         retained: list[int] = []
-        for block in policy.victims(now):
-            if self.retention.keeps(block, now):
+        for block in islice(policy.victims(now), LOOKED_AT_MAX):
+            if keeps is not None and keeps(block, now):
                 retained.append(block)
                 held.append(block)
-            elif pins[block] or block in self._busy:
+            elif pins[block] or block in busy:
                 if not flags[block] & SPILLING:
                     held.append(block)
-            elif tier == DRAM and not force and self._must_save(block):
+            elif flags[block] & mask == due:
                 unsaved.append(block)
+                if len(unsaved) == UNSAVED_MAX:
+                    break
             else:
                 taken.append(block)
-            if (
-                len(taken) == short
-                or len(unsaved) == UNSAVED_MAX
-                or len(taken) + len(held) + len(unsaved) == LOOKED_AT_MAX
-            ):
-                break
+                if len(taken) == short:
+                    break
         # What is held would be met again at every search: it goes to the warm end, once.
         policy.touch(held[::-1], now)
-        self.unsaved += unsaved
         if len(taken) < short and retained:
-            weakest = self.retention.weakest(retained, short - len(taken))
-            taken += [b for b in weakest if self._may_leave(tier, b, force)]
+            loose = [block for block in retained if self._may_leave(block, now)]
+            for block in self.retention.weakest(loose, short - len(taken)):
+                (unsaved if flags[block] & mask == due else taken).append(block)
+        self.unsaved += unsaved
         return taken
 
-    def _may_leave(self, tier: int, block: int, force: bool) -> bool:
-        if self.catalog.pins[block] or block in self._busy or self.retention.pins(block):
-            return False
-        return tier == NVME or force or not self._must_save(block)
+    def _may_leave(self, block: int, now: float) -> bool:
+        """Whether nothing stands against it but that the block may be kept, or not be saved yet."""
+        held = self.catalog.pins[block] or block in self._busy
+        return not held and not self.retention.pins(block, now)
 
     def _take_over(
         self, tier: int, slot_bytes: int, now: float, *, force: bool, desperate: bool = False
@@ -265,30 +305,30 @@ class Room:
 
         It is when this size has nothing to give (`desperate`, or no block at all), or when that
         slab was last used before the one in which our own coldest block sits. Blocks whose copy is
-        still due are saved first.
+        still due are saved first; those that are kept stay, unless this size is desperate.
         """
         slots, column = self._tier(tier)
-        others = [slab for slab, size in slots.slabs() if size != slot_bytes]
-        if not others:
+        if slots.serve_only(slot_bytes):
             return 0
-        coldest = next(iter(self.policy(tier, slot_bytes).victims(now)), None)
-        if desperate:
-            coldest = None
+        mask, due = (0, 1) if force or tier == NVME else self._must_save()
+        coldest = None
+        if not desperate:
+            coldest = next(iter(self.policy(tier, slot_bytes).victims(now)), None)
         ours = now if coldest is None else slots.touched[slots.slab_of(column[coldest])]
-        for slab in sorted(others, key=slots.touched.__getitem__)[:SLABS_LOOKED_AT_MAX]:
+        others = (slab for slab, size in slots.slabs() if size != slot_bytes)
+        for slab in heapq.nsmallest(SLABS_LOOKED_AT_MAX, others, key=slots.touched.__getitem__):
             if coldest is not None and slots.touched[slab] >= ours:
                 return 0
             residents = slots.residents(slab)
-            if not all(
-                self._may_leave(tier, b, True) and self._is_idle(tier, b) for b in residents
-            ):
+            if not all(self._is_idle(tier, b) and self._may_leave(b, now) for b in residents):
                 continue
-            unsaved = [b for b in residents if tier == DRAM and self._must_save(b)]
-            if unsaved and not force:
+            if not desperate and any(self.retention.keeps(b, now) for b in residents):
+                continue
+            unsaved = [b for b in residents if self.catalog.flags[b] & mask == due]
+            if unsaved:
                 self.unsaved += unsaved
                 continue
-            for block in residents:
-                self.leave(tier, block, "slab")
+            self.leave(tier, residents, "slab")
             return len(residents)
         return 0
 

@@ -1,8 +1,8 @@
 """One tenant's service: requests of either door to the store, the store's orders to the hands.
 
 Runs on the event loop and does no work proportional to bytes. A door calls `handle` and gets the
-answer, or None: then the answer, a message or a KVStoreError, comes through the callback that the door
-gave along. After sending an answer the door calls `settle`, which does what need not be done before.
+answer, or None: then the answer, a message or a KVStoreError, comes through the callback that the
+door gave along. After sending an answer the door calls `settle`, for what can wait until then.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from kvstore.writes import REFUSED, Reserved
 Answer = Callable[[Any], None]
 DEADLINE_S_MAX = 3_600.0
 VERIFY_IN_FLIGHT = 8
+PARKED_MAX = 4_096  # reserves that wait for room; more are answered at once
 
 log = structlog.get_logger()
 
@@ -253,9 +254,10 @@ class Service:
 
     def _reserve(self, session: Session, request: Any, answer: Answer) -> Any:
         self.requests["reserve"] += 1
-        reserved = self._try_reserve(session, request, force=request.deadline_s <= 0)
-        if not reserved.waiting or request.deadline_s <= 0:
-            return self._reserved(reserved)
+        wait = request.deadline_s > 0 and len(self._reserves) < PARKED_MAX
+        reserved = self._try_reserve(session, request, force=not wait)
+        if not reserved.waiting or not wait:
+            return self._reserved(request, reserved)
         parked = _Parked(session, request, answer)
         parked.timer = self._loop.call_later(
             _bounded(request.deadline_s), self._reserve_late, parked
@@ -307,6 +309,8 @@ class Service:
         entry, keys = self._keys(request.keys)
         if not 0 <= request.priority <= 100:
             raise InvalidRequest(f"priority is {request.priority}: give 0 to 100")
+        if not request.ttl_s >= 0:
+            raise InvalidRequest(f"ttl_s is {request.ttl_s}: give seconds, 0 for ever")
         until = self._now() + request.ttl_s if request.ttl_s > 0 else None
         kept = self.store.retain(entry, keys, request.priority, until)
         return pb.RetainReply(retained=kept)
@@ -370,8 +374,9 @@ class Service:
             )
         return self.store.reserve(session, entry, keys, self._now(), shard=shard, force=force)
 
-    def _reserved(self, reserved: Reserved) -> Any:
-        self.store.counters.refused += reserved.status.count(REFUSED)
+    def _reserved(self, request: Any, reserved: Reserved) -> Any:
+        if not (request.again and reserved.lease):
+            self.store.counters.refused += reserved.status.count(REFUSED)
         offsets = array("Q", [page * SLOT_ALIGNMENT for page in reserved.pages])
         return pb.ReserveReply(
             lease=reserved.lease.number if reserved.lease else 0,
@@ -423,7 +428,7 @@ class Service:
         if reserved.waiting and not force:
             return False
         self._carry_out_once()  # the slot table must say so before the client hears of it
-        parked.answer(self._reserved(reserved))
+        parked.answer(self._reserved(parked.request, reserved))
         return True
 
     def _unpark(self, parked: _Parked) -> None:
@@ -479,8 +484,9 @@ class Service:
     def _verified(self, block: int, outcome: Outcome) -> None:
         for run in [run for run in self._verifications if block in run.in_flight]:
             run.in_flight.remove(block)
-            run.reply.checked += 1
-            run.reply.damaged += outcome is not Outcome.DONE
+            run.reply.checked += outcome is not Outcome.FAILED
+            run.reply.skipped += outcome is Outcome.FAILED
+            run.reply.damaged += outcome is Outcome.CORRUPT
             self._go_on(run)
 
 

@@ -37,9 +37,9 @@ class Slots:
         self._size = array("Q", bytes(8 * self.slab_count))
         self._free: list[list[int]] = [[] for _ in range(self.slab_count)]
         self._owners: list[array[int]] = [array("I") for _ in range(self.slab_count)]
-        self._open: dict[
-            int, dict[int, None]
-        ] = {}  # slot bytes -> slabs with a free slot, in order
+        # slot bytes -> slabs with a free slot, in order
+        self._open: dict[int, dict[int, None]] = {}
+        self._slabs_of: dict[int, int] = {}  # slot bytes -> slabs that serve it
         self._unassigned = list(range(self.slab_count - 1, -1, -1))
 
     def fits(self, slot_bytes: int) -> bool:
@@ -53,10 +53,12 @@ class Slots:
         pages = slot_bytes // SLOT_ALIGNMENT
         while len(taken) < len(owners):
             if self._unassigned and len(opened) < self._spread:
-                self._assign(self._unassigned.pop(), slot_bytes)
-            if not opened:
+                slab = self._unassigned.pop()  # used at once: no slab is held without need
+                self._assign(slab, slot_bytes)
+            elif opened:
+                slab = next(iter(opened))
+            else:
                 break
-            slab = next(iter(opened))
             free, seats = self._free[slab], self._owners[slab]
             count = min(len(owners) - len(taken), len(free))
             if self._spread > 1:
@@ -74,19 +76,22 @@ class Slots:
 
     def give_back(self, slots: Sequence[int]) -> None:
         """The slots are free again."""
+        sizes, owners, frees, slab_pages = self._size, self._owners, self._free, self.slab_pages
+        freed = 0
         for slot in slots:
-            slab, page = divmod(slot, self.slab_pages)
-            size = self._size[slab]
-            place = page * SLOT_ALIGNMENT // size
-            seats, free = self._owners[slab], self._free[slab]
+            slab = slot // slab_pages
+            size, seats, free = sizes[slab], owners[slab], frees[slab]
+            assert size, f"slot {slot} given back, its slab serves nobody"
+            place = slot % slab_pages * SLOT_ALIGNMENT // size
             assert seats[place] != NOBODY, f"slot {slot} given back twice"
             seats[place] = NOBODY
-            self.used_bytes -= size
+            freed += size
             if not free:
                 self._open[size][slab] = None
             free.append(place)
             if len(free) == len(seats):
                 self._unassign(slab)
+        self.used_bytes -= freed
 
     def adopt(self, slots: Sequence[int], slot_bytes: int, owners: Sequence[int]) -> list[bool]:
         """Seat owners in given slots, as found after a restart. False where that cannot be: the
@@ -97,10 +102,10 @@ class Slots:
         for slot, owner in zip(slots, owners, strict=True):
             slab, page = divmod(slot, self.slab_pages)
             place, off = divmod(page, pages)
-            good = slab < self.slab_count and not off and slot_bytes <= self.slab_bytes
+            good = slab < self.slab_count and not off and place < self.slab_bytes // slot_bytes
             if good and self._size[slab] == 0:
                 self._assign(slab, slot_bytes)
-            good = good and self._size[slab] == slot_bytes and place < len(self._owners[slab])
+            good = good and self._size[slab] == slot_bytes
             if good and self._owners[slab][place] == NOBODY:
                 self._owners[slab][place] = owner
                 self.used_bytes += slot_bytes
@@ -127,10 +132,11 @@ class Slots:
     def owner(self, slot: int) -> int:
         """Who sits in the slot that starts on this page; NOBODY where none starts or it is free."""
         slab, page = divmod(slot, self.slab_pages)
-        size = self._size[slab]
+        size = self._size[slab] if slab < self.slab_count else 0
         if not size or page * SLOT_ALIGNMENT % size:
             return NOBODY
-        return self._owners[slab][page * SLOT_ALIGNMENT // size]
+        seats, place = self._owners[slab], page * SLOT_ALIGNMENT // size
+        return seats[place] if place < len(seats) else NOBODY  # a slab may have a rest at its end
 
     def residents(self, slab: int) -> list[int]:
         """The owners seated in a slab."""
@@ -140,9 +146,9 @@ class Slots:
         """Every assigned slab with its slot size."""
         return ((slab, size) for slab, size in enumerate(self._size) if size)
 
-    def size_count(self) -> int:
-        """How many slot sizes have a slab."""
-        return len({size for size in self._size if size})
+    def serve_only(self, slot_bytes: int) -> bool:
+        """Whether no slab serves another size."""
+        return len(self._slabs_of) == (slot_bytes in self._slabs_of)
 
     def owners(self) -> dict[int, int]:
         """Every taken slot with its owner; for checks, it looks at all of them."""
@@ -170,16 +176,23 @@ class Slots:
             assert (slab in self._open[size]) == bool(free)
             used += taken * size
         assert used == self.used_bytes
+        sizes = [size for _, size in self.slabs()]
+        assert self._slabs_of == {size: sizes.count(size) for size in sizes}
 
     def _assign(self, slab: int, slot_bytes: int) -> None:
         count = self.slab_bytes // slot_bytes
         self._size[slab] = slot_bytes
+        self._slabs_of[slot_bytes] = self._slabs_of.get(slot_bytes, 0) + 1
         self._owners[slab] = array("I", [NOBODY]) * count
         self._free[slab] = list(range(count - 1, -1, -1))
         self._open.setdefault(slot_bytes, {})[slab] = None
 
     def _unassign(self, slab: int) -> None:
-        self._open[self._size[slab]].pop(slab, None)
+        size = self._size[slab]
+        self._open[size].pop(slab, None)
+        self._slabs_of[size] -= 1
+        if not self._slabs_of[size]:
+            del self._slabs_of[size]
         self._size[slab] = 0
         self._free[slab] = []
         self._owners[slab] = array("I")

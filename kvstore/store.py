@@ -21,6 +21,7 @@ from kvstore.leases import ReadLease, Session, Sessions, WriteLease
 from kvstore.orders import Move, MoveKind, Orders, Outcome
 from kvstore.placement import Placement, PlacementConfig
 from kvstore.reads import Reads
+from kvstore.slots import NOBODY
 from kvstore.types import DRAM, NVME, Layout
 from kvstore.writes import Reserved, Writes
 
@@ -68,22 +69,20 @@ class Store:
     def detach(self, session: Session, now: float) -> list[int]:
         """A client has gone. Its read leases end; returns the blocks that it was writing, whose
         slots stay as they are until `unquarantine`: its processes may still write."""
-        quarantined: list[int] = []
-        for lease in self.sessions.detach(session):
-            if isinstance(lease, WriteLease):
-                quarantined += self._writes.abandon(lease)
-            else:
+        leases = self.sessions.detach(session)
+        for lease in leases:
+            if isinstance(lease, ReadLease):
                 self._reads.end(lease)
-        for block in quarantined:
-            self.room.doom(block, "quarantined")  # another client may store the key meanwhile
+        quarantined = self._writes.quarantine(
+            lease for lease in leases if isinstance(lease, WriteLease)
+        )
         self.counters.quarantined += len(quarantined)
         return quarantined
 
     def unquarantine(self, blocks: Sequence[int], now: float) -> None:
-        """Nobody can write these blocks any more."""
+        """Nobody can write these blocks, as one `detach` returned them, any more."""
         self.counters.quarantined -= len(blocks)
-        self.placement.unwrite(blocks)
-        self.room.orders.room = True
+        self._writes.unquarantine(blocks)
 
     def open(self, layout: Layout) -> LayoutEntry:
         """The entry of a layout. Raises InvalidLayout or LimitExceeded where it cannot be had."""
@@ -111,8 +110,8 @@ class Store:
         tiers = bytearray()
         for key in keys:
             block = get(key)
-            if block is None or not flags[block] & (READY | stored):
-                break
+            if block is None or not flags[block] & (READY | stored) or flags[block] & WRITING:
+                break  # while a client writes it anew, its copy on NVMe cannot be loaded
             tiers.append(DRAM if flags[block] & READY else NVME)
         return bytes(tiers)
 
@@ -134,16 +133,20 @@ class Store:
 
     def prefetch(self, entry: LayoutEntry, keys: Sequence[bytes], now: float) -> int:
         """Order the stored blocks of the longest resident prefix up; returns how many."""
-        flags, ordered = self.catalog.flags, 0
+        flags, pins, ordered = self.catalog.flags, self.catalog.pins, 0
+        prefix: list[int] = []
         for key in keys:
             block = entry.index.get(key)
             if block is None or not flags[block] & (READY | STORED):
                 break
+            pins[block] += 1  # the tail must not push the head out
+            prefix.append(block)
             if flags[block] & (READY | LOADING | WRITING):
                 continue
             if not self.placement.health.ok or not self.placement.load(block, now, demand=False):
                 break
             ordered += 1
+        self.room.unpin(prefix)
         return ordered
 
     # -- keeping and dropping ------------------------------------------------------------------
@@ -158,16 +161,21 @@ class Store:
     def forget(self, entry: LayoutEntry, keys: Sequence[bytes]) -> int:
         """Drop blocks from all tiers; returns how many were there."""
         found = [entry.index[key] for key in keys if key in entry.index]
-        for block in found:
-            self.room.doom(block, "forgotten")
+        self._drop(found, "forgotten")
         return len(found)
 
     def clear(self) -> int:
         """Drop every block; returns how many there were."""
-        found = [block for entry in self.catalog.layouts for block in entry.index.values()]
-        for block in found:
-            self.room.doom(block, "cleared")
-        return len(found)
+        count = 0
+        for entry in self.catalog.layouts:
+            found = list(entry.index.values())
+            self._drop(found, "cleared")
+            count += len(found)
+        return count
+
+    def _drop(self, blocks: list[int], reason: str) -> None:
+        self.room.doom(blocks, reason)
+        self._writes.forgotten(blocks)
 
     # -- what happened -------------------------------------------------------------------------
 
@@ -177,20 +185,21 @@ class Store:
 
     def digest(self, now: float) -> None:
         """Tell the policies of accesses since the last time; done after answering, never before."""
-        if not self._reads.notes:
-            return
         notes, self._reads.notes = self._reads.notes, []
         keys = self.catalog.keys
         for blocks in notes:
             known = [block for block in blocks if keys[block] is not None]
             if known:
                 self.placement.touch(known, now)
-        self.placement.pump(now)
+        self.catalog.recycle()
+        if notes:
+            self.placement.pump(now)
 
     def tick(self, now: float) -> None:
         """Time has passed: probe what is fenced, go on with what a budget held back."""
         if self.placement.health.take_probe(now):
             self.room.orders.moves.append(Move(MoveKind.PROBE, 0, None, b"", 0, 0))
+        self.room.retention.expire(now)
         self.placement.pump(now)
 
     def save_all(self, now: float) -> None:
@@ -211,17 +220,20 @@ class Store:
         entry = self.catalog.open(layout)
         slots = self.room.nvme
         rows = self.catalog.load(entry, keys, offsets, sums)
-        pages = self.catalog.nvme[rows.start : rows.stop]
+        pages = self.catalog.nvme[len(self.catalog.nvme) - len(rows) :]
         seated = slots.adopt(pages, entry.slot_bytes, rows)
         good = [row for row, ok in zip(rows, seated, strict=True) if ok]
         # Admitted in prefix order the last is coldest; here the first, the oldest, is to be.
         self.room.policy(NVME, entry.slot_bytes).admit(good[::-1], now)
         if len(good) < len(rows):
-            for row, ok in zip(rows, seated, strict=True):
-                if not ok:
-                    self.room.orders.index.setdefault(self.catalog.nvme[row], None)
-                    self.catalog.nvme[row] = NOWHERE
-                    self.catalog.drop(row)
+            bad = [row for row, ok in zip(rows, seated, strict=True) if not ok]
+            for row in bad:
+                page = self.catalog.nvme[row]
+                if slots.owner(page) == NOBODY:  # else the record is that of who sits there
+                    self.room.orders.index[page] = None
+                self.catalog.nvme[row] = NOWHERE
+            self.catalog.hide(bad)
+            self.catalog.drop(bad)
         return len(good)
 
     def check(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import fcntl
 import grp
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 import structlog
 
 from kvstore import paths
+from kvstore.busy_poll import BusyPoll
 from kvstore.config import Config
 from kvstore.disk import Disk, DiskConfig, adopt
 from kvstore.errors import AlreadyRunning, InvalidConfig
@@ -39,7 +41,7 @@ log = structlog.get_logger()
 
 
 class Tenant:
-    """A tenant of the running daemon. Create it on the event loop, then `start`, at the end `stop`."""
+    """A tenant of the running daemon: create it on the event loop, `start` it, `stop` it."""
 
     def __init__(
         self,
@@ -48,9 +50,11 @@ class Tenant:
         generation: int,
         version: str,
         document: Callable[[], bytes],
+        busy_poll: BusyPoll,
     ) -> None:
         self.name = name
         self._config = config
+        self._busy_poll = busy_poll
         self._loop = asyncio.get_running_loop()
         self._gid = _gid(config.tenants[name].group)
         self._run_dir = config.daemon.run_dir / name
@@ -58,7 +62,7 @@ class Tenant:
         for path, mode in ((self._run_dir, 0o750), (folder, 0o750)):
             _make_folder(path, mode, self._gid)
         self._locks = [_lock(self._run_dir), _lock(folder)]
-        slab_bytes, nvme_bytes = config.slab_bytes, config.tenant_nvme_bytes(name)
+        slab_bytes, nvme_bytes = config.slab_bytes, _nvme_bytes(config, name)
         self._arena = DramArena.create(
             folder / ARENA,
             config.tenant_dram_bytes(name),
@@ -100,7 +104,12 @@ class Tenant:
 
     async def start(self) -> None:
         """Open the doors."""
-        self._hatch = Hatch(self.service, self._run_dir / paths.HATCH, gid=self._gid)
+        self._hatch = Hatch(
+            self.service,
+            self._run_dir / paths.HATCH,
+            gid=self._gid,
+            busy_poll=self._busy_poll,
+        )
         self._front_door = FrontDoor(self.service, self._run_dir / paths.FRONT_DOOR, gid=self._gid)
         await self._front_door.start()
 
@@ -123,7 +132,7 @@ class Tenant:
         if self._front_door is not None:
             await self._front_door.close()
         self.store.save_all(self._loop.time())
-        while not self.service.idle() and time.monotonic() < deadline:
+        while not self.service.idle() and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         left = self.store.placement.spills
         clean = True
@@ -164,11 +173,12 @@ class Tenant:
         self._hands.mover = self._mover
         try:
             self._disk.open()
-        except BlockingIOError as error:
-            raise AlreadyRunning(
-                f"{error}: another daemon uses these files; stop it first"
-            ) from None
         except OSError as error:
+            if error.errno in (errno.EBUSY, errno.EAGAIN):
+                raise AlreadyRunning(
+                    f"{error}: another daemon uses these files: stop it first, or configure other "
+                    "nvme.paths"
+                ) from None
             log.error(
                 "NVMe tier cannot be opened: DRAM only until it can",
                 tenant=self.name,
@@ -189,6 +199,19 @@ class Tenant:
             self._loop.call_soon_threadsafe(take_over)
         else:
             take_over()
+
+
+def _nvme_bytes(config: Config, name: str) -> int:
+    """The tenant's quota of NVMe, in whole slabs on each device."""
+    quota = config.tenant_nvme_bytes(name)
+    row = config.slab_bytes * len(config.nvme.paths)
+    if 0 < quota < row:
+        raise InvalidConfig(
+            f"tenant {name} has {quota} bytes of NVMe, less than one slab of {config.slab_bytes} "
+            f"bytes on each of {len(config.nvme.paths)} paths: raise nvme.size or its nvme_quota, "
+            'or set that to "0"'
+        )
+    return quota // row * row if row else 0
 
 
 def _limits(config: Config) -> Limits:

@@ -81,8 +81,8 @@ class Layout:
 def check_keys(hashes: Sequence[bytes]) -> int:
     """The common length of the hashes in bytes (0 for an empty list).
 
-    Raises TooLarge, or InvalidKeys when a hash is not bytes, has a wrong or another length, or comes
-    twice.
+    Raises TooLarge, or InvalidKeys when a hash is not bytes, has a wrong or another length, or
+    comes twice.
     """
     count = len(hashes)
     if count > KEYS_PER_CALL_MAX:
@@ -91,16 +91,13 @@ def check_keys(hashes: Sequence[bytes]) -> int:
         )
     if not count:
         return 0
-    try:
-        lengths = set(map(len, hashes))
-        distinct = len(set(hashes))
-    except TypeError as error:
-        raise InvalidKeys(f"hashes must be a list of bytes objects: {error}") from None
-    if not all(map(bytes.__instancecheck__, hashes)):
-        kinds = {type(one).__name__ for one in hashes}
-        raise InvalidKeys(f"hashes must be bytes, not {', '.join(sorted(kinds))}")
+    kinds = set(map(type, hashes))
+    if not all(issubclass(kind, bytes) for kind in kinds):
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise InvalidKeys(f"hashes must be bytes, not {names}: give a list of bytes objects")
+    lengths = set(map(len, hashes))
     check_hash_length(min(lengths), max(lengths))
-    if distinct != count:
+    if len(set(hashes)) != count:
         seen: set[bytes] = set()
         twice = next(one for one in hashes if one in seen or seen.add(one))  # type: ignore[func-returns-value]
         raise InvalidKeys(

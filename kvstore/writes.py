@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 
 from kvstore.catalog import DOOMED, LOADING, READY, STORED, WRITING, LayoutEntry
 from kvstore.errors import LimitExceeded
 from kvstore.leases import Session, Sessions, WriteLease
 from kvstore.placement import Placement
+from kvstore.types import NVME
 
 NEW, PRESENT, REFUSED = 0, 1, 2  # the answer for each key, as on the wire
 
@@ -29,13 +31,15 @@ class Reserved:
 
 
 class _Parts:
-    """Shards of one block that is written shard by shard: claimed by a lease, and done."""
+    """Shards of one block that is written shard by shard: claimed by a lease, and done. `gone`
+    counts vanished clients whose processes may still write theirs."""
 
-    __slots__ = ("claimed", "done")
+    __slots__ = ("claimed", "done", "gone")
 
     def __init__(self) -> None:
         self.claimed = 0
         self.done = 0
+        self.gone = 0
 
 
 class Writes:
@@ -47,7 +51,9 @@ class Writes:
         self.counters = placement.counters
         self.sessions = sessions
         self._parts: dict[int, _Parts] = {}
-        self._idle_parts: dict[int, None] = {}  # of them, those that no lease works on
+        # Of them, those that nobody works on, idle for longest first.
+        self._idle_parts: OrderedDict[int, None] = OrderedDict()
+        placement.reclaim = self._reclaim
 
     def reserve(
         self,
@@ -71,19 +77,24 @@ class Writes:
                 f"this session holds {len(session.leases)} leases, the most that "
                 "limits.leases_per_session allows: commit, abort or release some"
             )
+        if shard is not None:  # before making room: what is claimed is not given up
+            self._claim([entry.index[keys[at]] for at in claimed], shard)
         blocks = self._rows(entry, [keys[at] for at in fresh])
-        got = self._take(entry, blocks, now, force)
+        flags, pins = self.catalog.flags, self.catalog.pins
+        for block in present:
+            pins[block] += 1  # the tail must not push the head out
+        got = self.placement.take_dram(blocks, now, force=force)
+        self.placement.room.unpin(present)
         for at in fresh[got:]:
             status[at] = REFUSED
-        flags = self.catalog.flags
         for block in blocks[:got]:
             flags[block] |= WRITING
         self._unrow(blocks[got:])
         waiting = bool(fresh) and not got and not claimed and self.placement.spills > 0
         granted = blocks[:got]
         if shard is not None:
-            places = sorted(claimed + fresh[:got])
-            granted = self._claim([entry.index[keys[at]] for at in places], shard)
+            self._claim(granted, shard)
+            granted = [entry.index[keys[at]] for at in sorted(claimed + fresh[:got])]
         lease = None
         if granted:
             lease = WriteLease(self.sessions.next_number(), session, entry, granted, shard)
@@ -100,17 +111,25 @@ class Writes:
         if not isinstance(lease, WriteLease):
             return None
         del session.leases[number]
-        complete = lease.blocks if lease.shard is None else self._shard_done(lease)
         flags = self.catalog.flags
-        good = [block for block in complete if not flags[block] & DOOMED]
-        if len(good) < len(complete):
-            self.placement.unwrite(block for block in complete if flags[block] & DOOMED)
+        doomed = [block for block in lease.blocks if flags[block] & DOOMED]
+        good = lease.blocks
+        if doomed:
+            good = [block for block in lease.blocks if not flags[block] & DOOMED]
+            self.placement.unwrite(doomed if lease.shard is None else self._let_go(doomed, lease))
+        stored = len(good)
+        if lease.shard is not None:
+            good = self._shard_done(good, lease)
+        # Stored once more while NVMe was fenced: the bytes may differ from those of the old copy.
+        room = self.placement.room
+        again = [block for block in good if flags[block] & STORED and not room.held(block)]
+        room.leave(NVME, again, "replaced")
         self.placement.publish(good, now)
-        self.placement.store_through(b for b in good if not flags[b] & STORED)
+        self.placement.store_through(good)
         self.placement.pump(now)
         self.counters.stored += len(good)
         self.counters.dram.written_bytes += len(good) * lease.entry.layout.block_bytes
-        return len(lease.blocks) - (len(complete) - len(good))
+        return stored
 
     def abort(self, session: Session, number: int, now: float) -> bool:
         """The lease's blocks will not be written, and nobody writes them any more."""
@@ -119,26 +138,62 @@ class Writes:
             return False
         del session.leases[number]
         self.counters.aborted += len(lease.blocks)
-        self.placement.unwrite(self.abandon(lease))
-        self.placement.room.orders.room = True
+        self.placement.unwrite(
+            lease.blocks if lease.shard is None else self._let_go(lease.blocks, lease)
+        )
         return True
 
-    def abandon(self, lease: WriteLease) -> list[int]:
-        """End a write lease; returns the blocks that nobody writes or completes any more."""
-        if lease.shard is None:
-            return lease.blocks
-        left = []
-        for block in lease.blocks:
+    def quarantine(self, leases: Iterable[WriteLease]) -> list[int]:
+        """Who held these leases has gone, but its processes may still write. Nobody joins the
+        blocks or gets their slots until `unquarantine`; another client may store the keys anew."""
+        found: dict[int, None] = {}
+        for lease in leases:
+            found.update(dict.fromkeys(lease.blocks))
+            if lease.shard is not None:
+                for block in lease.blocks:
+                    self._parts[block].claimed &= ~(1 << lease.shard)
+        for block in found:
+            if (parts := self._parts.get(block)) is not None:
+                parts.gone += 1
+            self.placement.room.doom([block], "quarantined")
+        return list(found)
+
+    def unquarantine(self, blocks: Sequence[int]) -> None:
+        """Processes of one vanished client cannot write these blocks any more."""
+        over = []
+        for block in blocks:
+            parts = self._parts.get(block)
+            if parts is not None:
+                parts.gone -= 1
+                if parts.gone or parts.claimed:
+                    continue
+                del self._parts[block]
+            over.append(block)
+        self.placement.unwrite(over)
+
+    def forgotten(self, blocks: Iterable[int]) -> None:
+        """These blocks were doomed: those of them that nobody works on are over at once."""
+        idle = [block for block in blocks if block in self._idle_parts]
+        for block in idle:
+            del self._idle_parts[block], self._parts[block]
+        if idle:
+            self.placement.unwrite(idle)
+
+    def _let_go(self, blocks: Sequence[int], lease: WriteLease) -> list[int]:
+        """The lease's shard of these blocks is not written any more, and is not complete; returns
+        the blocks that nobody writes or completes."""
+        over = []
+        for block in blocks:
             parts = self._parts[block]
-            parts.claimed &= ~(1 << lease.shard)
-            if parts.claimed:
+            parts.claimed &= ~(1 << (lease.shard or 0))
+            if parts.claimed or parts.gone:
                 continue
-            if parts.done:
+            if parts.done and not self.catalog.flags[block] & DOOMED:
                 self._idle_parts[block] = None
             else:
                 del self._parts[block]
-                left.append(block)
-        return left
+                over.append(block)
+        return over
 
     def _sort_keys(
         self, entry: LayoutEntry, keys: Sequence[bytes], shard: int | None, status: bytearray
@@ -169,31 +224,30 @@ class Writes:
         return [get(key, -1) if key in entry.index else add(entry, key) for key in keys]
 
     def _unrow(self, blocks: Sequence[int]) -> None:
-        for block in blocks:
-            if not self.catalog.flags[block]:
-                self.catalog.drop(block)
+        unused = [block for block in blocks if not self.catalog.flags[block]]
+        self.catalog.hide(unused)
+        self.catalog.drop(unused)
 
-    def _take(self, entry: LayoutEntry, blocks: list[int], now: float, force: bool) -> int:
-        got = self.placement.take_dram(blocks, now, force=force)
-        while got < len(blocks) and self._idle_parts:
-            stale = next(iter(self._idle_parts))  # shards that nobody completed go before refusing
-            del self._idle_parts[stale], self._parts[stale]
-            self.placement.unwrite([stale])
-            got += self.placement.take_dram(blocks[got:], now, force=force)
-        return got
+    def _reclaim(self, count: int) -> bool:
+        """Give up blocks that nobody completes, at most `count`; False when there are none."""
+        count = min(count, len(self._idle_parts))
+        stale = [self._idle_parts.popitem(last=False)[0] for _ in range(count)]
+        for block in stale:
+            del self._parts[block]
+        self.placement.unwrite(stale)
+        return bool(stale)
 
-    def _claim(self, blocks: list[int], shard: int) -> list[int]:
-        """The lease writes this shard of these blocks."""
+    def _claim(self, blocks: Sequence[int], shard: int) -> None:
+        """Somebody writes this shard of these blocks."""
         for block in blocks:
             self._parts.setdefault(block, _Parts()).claimed |= 1 << shard
             self._idle_parts.pop(block, None)
-        return blocks
 
-    def _shard_done(self, lease: WriteLease) -> list[int]:
-        """Mark the lease's shard; returns the blocks that are complete now."""
+    def _shard_done(self, blocks: Sequence[int], lease: WriteLease) -> list[int]:
+        """The lease's shard of these blocks is done; returns those that are complete now."""
         complete = []
         every = (1 << lease.entry.layout.shards) - 1
-        for block in lease.blocks:
+        for block in blocks:
             parts = self._parts[block]
             parts.claimed &= ~(1 << (lease.shard or 0))
             parts.done |= 1 << (lease.shard or 0)

@@ -153,18 +153,20 @@ class LookupReply(_message.Message):
     def __init__(self, length: _Optional[int] = ..., tiers: _Optional[bytes] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("keys", "shard", "parent", "hints", "deadline_s")
+    __slots__ = ("keys", "shard", "parent", "hints", "deadline_s", "again")
     KEYS_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
     HINTS_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    AGAIN_FIELD_NUMBER: _ClassVar[int]
     keys: Keys
     shard: int
     parent: bytes
     hints: Hints
     deadline_s: float
-    def __init__(self, keys: _Optional[_Union[Keys, _Mapping]] = ..., shard: _Optional[int] = ..., parent: _Optional[bytes] = ..., hints: _Optional[_Union[Hints, _Mapping]] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+    again: bool
+    def __init__(self, keys: _Optional[_Union[Keys, _Mapping]] = ..., shard: _Optional[int] = ..., parent: _Optional[bytes] = ..., hints: _Optional[_Union[Hints, _Mapping]] = ..., deadline_s: _Optional[float] = ..., again: bool = ...) -> None: ...
 
 class ReserveReply(_message.Message):
     __slots__ = ("lease", "status", "offsets")

@@ -18,7 +18,7 @@ FUNCTION_LINES_MAX = 60
 
 # Imports go down only. A floor may import its own, those below it, and the rooms named beside it.
 FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("ground", ("errors", "types", "paths")),
+    ("ground", ("errors", "paths", "spin", "types")),
     (
         "core",
         (
@@ -40,7 +40,24 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ),
     ),
     ("upper", ("config", "disk", "hands", "metrics", "mover", "service")),
-    ("roof", ("bench", "cli", "daemon", "doctor", "front_door", "hatch", "notify", "peers", "tenant")),
+    (
+        "roof",
+        (
+            "bench",
+            "bench_daemon",
+            "bench_limits",
+            "busy_poll",
+            "cli",
+            "cli_stats",
+            "daemon",
+            "doctor",
+            "front_door",
+            "hatch",
+            "notify",
+            "peers",
+            "tenant",
+        ),
+    ),
 )
 ROOMS_SEEN_BY = {
     "ground": (),
@@ -53,7 +70,7 @@ SEEN_BY_ROOM = {
     "tiers": (),
     "eviction": (),
     "protos": (),
-    "client": ("protos", "errors", "types", "paths"),
+    "client": ("protos", "errors", "paths", "spin", "types"),
 }
 BRAIN = ("catalog", "counters", "health", "leases", "orders", "placement", "reads", "retention")
 BRAIN += ("room", "slots", "store", "writes")

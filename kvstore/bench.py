@@ -1,0 +1,398 @@
+"""`kvstore bench`: data and control path against this host's own limits, as ratios of one run.
+
+Each figure is the median over rounds that measure the limit and ours in turn, so that what else the
+machine does falls on both. The bars are those that the project holds itself to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from kvstore import __version__
+from kvstore.bench_daemon import (
+    PrivateDaemon,
+    fill_index,
+    number_hash,
+    private_daemon,
+    workplace,
+)
+from kvstore.bench_limits import Buffers, RawDisk, empty_grpc
+from kvstore.client import Cache, Client, Layout
+from kvstore.errors import InternalError
+from kvstore.types import KIB, MIB
+
+SEED = 20_260_101
+BLOCK = 2 * MIB
+SLAB = 64 * MIB
+IO_THREADS = 8  # the default of nvme.threads
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """One line of the result. `value` is to be at least, or at most, `bar`."""
+
+    name: str
+    value: float
+    unit: str
+    relation: Literal[">=", "<="]
+    bar: float
+    detail: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether the bar is met."""
+        return self.value >= self.bar if self.relation == ">=" else self.value <= self.bar
+
+
+def main(json_output: bool = False, quick: bool = False) -> int:
+    """Run all benchmarks and print them. Exit status 0 when every bar is met, else 1."""
+    figures: list[Figure] = []
+    digest = hashlib.sha256()
+    rounds = 5 if quick else 15
+    with workplace() as folder:
+        for part in (_dram, _control, _nvme, _million):
+            figures += part(folder, rounds, quick, digest)
+            if not json_output:
+                sys.stderr.write(f"kvstore: {part.__name__.strip('_')}: done\n")
+    ok = all(figure.ok for figure in figures)
+    if json_output:
+        tree = {
+            "version": 1,
+            "kvstore": __version__,
+            "machine": platform.platform(),
+            "quick": quick,
+            "ok": ok,
+            "sha256": digest.hexdigest(),
+            "figures": [dataclasses.asdict(figure) | {"ok": figure.ok} for figure in figures],
+        }
+        sys.stdout.write(json.dumps(tree, indent=1) + "\n")
+    else:
+        _print(figures, digest.hexdigest())
+    return 0 if ok else 1
+
+
+def _print(figures: list[Figure], digest: str) -> None:
+    table = Table(title=f"kvstore {__version__} on {platform.platform()}")
+    for heading in ("figure", "value", "bar", "", "detail"):
+        table.add_column(heading)
+    for figure in figures:
+        table.add_row(
+            figure.name,
+            f"{figure.value:.3g} {figure.unit}".strip(),
+            f"{figure.relation} {figure.bar:g}",
+            "ok" if figure.ok else "MISSED",
+            figure.detail,
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"sha256 of all bytes read back: {digest}")
+
+
+# -- DRAM --------------------------------------------------------------------------------------
+
+
+def _dram(folder: Path, rounds: int, quick: bool, digest: Any) -> list[Figure]:
+    """Copies through the DRAM tier against memcpy, and what they cost the daemon.
+
+    Single blocks are other blocks in every round, and so are those of the memcpy beside them: 128 MiB
+    lie between two uses of one, so neither finds its bytes in the processor's caches.
+    """
+    with private_daemon(folder, dram_bytes=512 * MIB, nvme_bytes=0, slab_bytes=SLAB) as daemon:
+        client = daemon.connect()
+        cache = client.open(_layout("dram", BLOCK))
+        buffers, hashes = Buffers(64, BLOCK, SEED), _hashes("dram", 64)
+        ratios: dict[str, list[float]] = {"put 64": [], "get 64": [], "put 1": [], "get 1": []}
+        for _ in range(rounds):
+            cache.forget(hashes)
+            limit = buffers.memcpy()
+            ratios["put 64"].append(limit / _seconds(lambda: cache.put(hashes, buffers.sources)))
+            limit = buffers.memcpy()
+            ratios["get 64"].append(limit / _seconds(lambda: cache.get(hashes, buffers.targets)))
+            cache.forget(hashes)
+            for verb, call, places in (
+                ("put 1", cache.put, buffers.sources),
+                ("get 1", cache.get, buffers.targets),
+            ):
+                for at in range(64):
+                    one, place = hashes[at : at + 1], places[at : at + 1]
+                    limit = buffers.memcpy((at + 32) % 64)
+                    started = time.perf_counter()
+                    call(one, place)
+                    ratios[verb].append(limit / (time.perf_counter() - started))
+        _check_equal(buffers, digest)
+        speeds = {
+            "64": buffers.size_bytes / statistics.median(buffers.memcpy() for _ in range(9)),
+            "1": BLOCK / statistics.median(buffers.memcpy(at) for at in range(64)),
+        }
+        figures = [
+            Figure(
+                f"{verb} x 2 MiB in one call, over memcpy",
+                statistics.median(found),
+                "",
+                ">=",
+                0.90 if verb.endswith("64") else 0.80,
+                f"memcpy {speeds[verb.split()[1]] / 1e9:.1f} GB/s, {len(found)} times",
+            )
+            for verb, found in ratios.items()
+        ]
+        figures.append(_cpu(daemon, cache, hashes, buffers))
+        client.close()
+        return figures
+
+
+def _cpu(daemon: PrivateDaemon, cache: Cache, hashes: list[bytes], buffers: Buffers) -> Figure:
+    """CPU time of the daemon for hits of at least 16 GB."""
+    started, moved = daemon.cpu_s(), 0
+    while moved < 16e9:
+        if cache.get(hashes, buffers.targets).length != 64:
+            raise InternalError("a block of the benchmark is gone")
+        moved += buffers.size_bytes
+    used = daemon.cpu_s() - started
+    return Figure(
+        "daemon's CPU time per GB of DRAM hits",
+        used / (moved / 1e9),
+        "s",
+        "<=",
+        0.02,
+        f"{used:.2f} s for {moved / 1e9:.0f} GB",
+    )
+
+
+# -- control path ------------------------------------------------------------------------------
+
+
+def _control(folder: Path, rounds: int, quick: bool, digest: Any) -> list[Figure]:
+    """Acquire and release against two empty gRPC calls, idle and while spills fill the disk."""
+    many = rounds * 40
+    with private_daemon(
+        folder, dram_bytes=768 * MIB, nvme_bytes=1024 * MIB, slab_bytes=SLAB
+    ) as daemon:
+        client, writer = daemon.connect(), daemon.connect()
+        cache = client.open(_layout("control", 4 * KIB))
+        buffers = Buffers(256, 4 * KIB, SEED)
+        hashes = _hashes("control", 256)
+        cache.put(hashes, buffers.sources)
+        figures = []
+        with empty_grpc(folder / "empty.sock") as empty:
+            for count, bar in ((1, 0.10), (256, 0.50)):
+                ours, limit = [], []
+                for _ in range(many):
+                    limit.append(_seconds(empty) + _seconds(empty))
+                    ours.append(_seconds(lambda: _acquire_release(cache, hashes[:count])))
+                value, base = statistics.median(ours), statistics.median(limit)
+                figures.append(
+                    Figure(
+                        f"acquire + release of {count} resident, p50, over two empty gRPC calls",
+                        value / base,
+                        "",
+                        "<=",
+                        bar,
+                        f"{value * 1e6:.0f} us over {base * 1e6:.0f} us, {many} rounds",
+                    )
+                )
+        figures.append(_under_spills(client, writer, cache, hashes, rounds))
+        client.close()
+        writer.close()
+        return figures
+
+
+def _under_spills(
+    client: Client, writer: Client, cache: Cache, hashes: list[bytes], rounds: int
+) -> Figure:
+    """p99 of acquire + release of 256 while spills are under way, over the same at rest."""
+    blocks = Buffers(64, BLOCK, SEED)
+    bulk = writer.open(_layout("bulk", BLOCK))
+    _wait_spilled(client)
+    idle: list[float] = []
+    busy: list[float] = []
+    number = 0
+    for _ in range(max(3, rounds // 2)):
+        idle += (_seconds(lambda: _acquire_release(cache, hashes)) for _ in range(200))
+        for _ in range(4):
+            bulk.put(_hashes(f"bulk{number}", 64), blocks.sources, deadline_s=30)
+            number += 1
+            while client.stats()["tenants"]["default"]["moves"]["spills"] > 4:
+                busy += (_seconds(lambda: _acquire_release(cache, hashes)) for _ in range(10))
+        _wait_spilled(client)
+    p99_idle, p99_busy = _percentile(idle, 0.99), _percentile(busy, 0.99)
+    return Figure(
+        "p99 of acquire + release of 256 while spills fill the disk, over idle p99",
+        p99_busy / p99_idle,
+        "",
+        "<=",
+        3.0,
+        f"{p99_busy * 1e6:.0f} us ({len(busy)}) over {p99_idle * 1e6:.0f} us ({len(idle)})",
+    )
+
+
+# -- NVMe --------------------------------------------------------------------------------------
+
+
+def _nvme(folder: Path, rounds: int, quick: bool, digest: Any) -> list[Figure]:
+    """Spill and reload of 128 blocks of 2 MiB against the same I/O without us.
+
+    Spill: from the first put, of 16 blocks at a time, until the last block is on the device.
+    Reload: a get of blocks of which none is in memory, until they are verified in the caller's own
+    buffers.
+    """
+    count = 64 if quick else 128
+    raw = RawDisk(folder / "raw", count, BLOCK, IO_THREADS)
+    spills, reloads, writes, reads = [], [], [], []
+    try:
+        with private_daemon(
+            folder, dram_bytes=768 * MIB, nvme_bytes=1024 * MIB, slab_bytes=SLAB
+        ) as daemon:
+            client = daemon.connect()
+            cache = client.open(_layout("nvme", BLOCK))
+            other = client.open(_layout("other", BLOCK))
+            buffers = Buffers(count, BLOCK, SEED)
+            hashes = _hashes("nvme", count)
+            for _ in range(max(3, rounds // 2)):
+                cache.forget(hashes)
+                writes.append(raw.write())
+                started = time.perf_counter()
+                for at in range(0, count, 16):
+                    cache.put(hashes[at : at + 16], buffers.sources[at : at + 16], deadline_s=30)
+                _wait_spilled(client)
+                spills.append(writes[-1] / (time.perf_counter() - started))
+                _push_out(other, buffers, 384)
+                _wait_spilled(client)
+                reads.append(raw.read())
+                buffers.target.fill(0)
+                started = time.perf_counter()
+                got = cache.get(hashes, buffers.targets, deadline_s=30)
+                reloads.append(reads[-1] / (time.perf_counter() - started))
+                if got.length != count or got.tiers["nvme"] != count:
+                    raise InternalError(f"not all blocks came from NVMe: {got}")
+                _check_equal(buffers, digest)
+                other.forget(_hashes("push", 384))
+            client.close()
+    finally:
+        raw.close()
+    size = count * BLOCK / 1e9
+    kind = "O_DIRECT" if raw.direct else "buffered I/O"
+    return [
+        Figure(
+            f"{name} of {count} x 2 MiB, over the same {kind} with {IO_THREADS} threads",
+            statistics.median(ratios),
+            "",
+            ">=",
+            0.90,
+            f"{kind}: {size / statistics.median(times):.2f} GB/s, {len(ratios)} rounds",
+        )
+        for name, ratios, times in (("spill", spills, writes), ("reload", reloads, reads))
+    ]
+
+
+def _push_out(other: Cache, buffers: Buffers, count: int) -> None:
+    """Fill the DRAM tier with blocks of another layout, so that all others must leave it."""
+    hashes = _hashes("push", count)
+    for start in range(0, count, 64):
+        other.put(hashes[start : start + 64], buffers.sources[:64], deadline_s=30)
+
+
+def _wait_spilled(client: Client) -> None:
+    """Until no spill is under way or due."""
+    while client.stats()["tenants"]["default"]["moves"]["due"]:
+        time.sleep(0.002)
+
+
+# -- a million blocks --------------------------------------------------------------------------
+
+
+def _million(folder: Path, rounds: int, quick: bool, digest: Any) -> list[Figure]:
+    """A restart with a million blocks on NVMe: time to the first hit, memory for each block."""
+    count = 100_000 if quick else 1_000_000
+    layout = _layout("million", 4 * KIB)
+    nvme_bytes = -(-count * layout.slot_bytes // SLAB) * SLAB
+    home = folder / "million"
+    home.mkdir()
+    with private_daemon(
+        home, dram_bytes=256 * MIB, nvme_bytes=nvme_bytes, slab_bytes=SLAB
+    ) as empty:
+        base = empty.resident_bytes()
+    shutil.rmtree(home / "default")
+    fill_index(home, layout, count, nvme_bytes, SLAB)
+    started = time.perf_counter()
+    with private_daemon(home, dram_bytes=256 * MIB, nvme_bytes=nvme_bytes, slab_bytes=SLAB) as full:
+        client = full.connect()
+        cache = client.open(layout)
+        into = bytearray(layout.block_bytes)
+        got = cache.get([number_hash(count - 1)], [into])
+        elapsed = time.perf_counter() - started
+        if got.length != 1 or into[:8] != (count - 1).to_bytes(8, "little"):
+            raise InternalError("a block of the benchmark did not survive the restart")
+        digest.update(into)
+        per_block = (full.resident_bytes() - base) / count
+        client.close()
+    shutil.rmtree(home)
+    return [
+        Figure(
+            f"resident memory per block, {count:,} blocks in the index",
+            per_block,
+            "bytes",
+            "<=",
+            400,
+            f"{base / MIB:.0f} MiB without any block",
+        ),
+        Figure(
+            f"start with {count:,} NVMe blocks until the first is served",
+            elapsed,
+            "s",
+            "<=",
+            5.0,
+            "from exec of the daemon to the verified bytes of a get",
+        ),
+    ]
+
+
+# -- small things ------------------------------------------------------------------------------
+
+
+def _layout(name: str, block_bytes: int) -> Layout:
+    return Layout(
+        model=f"bench-{name}",
+        engine="bench",
+        dtype="uint8",
+        block_tokens=16,
+        shard_bytes=block_bytes,
+    )
+
+
+def _hashes(name: str, count: int) -> list[bytes]:
+    return [hashlib.sha256(f"{name}/{at}".encode()).digest() for at in range(count)]
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def _acquire_release(cache: Cache, hashes: list[bytes]) -> None:
+    grant = cache.acquire(hashes)
+    if grant.length != len(hashes) or not grant.release():
+        raise InternalError("a block of the benchmark is gone")
+
+
+def _percentile(values: list[float], share: float) -> float:
+    return sorted(values)[int(share * (len(values) - 1))]
+
+
+def _check_equal(buffers: Buffers, digest: Any) -> None:
+    if not (buffers.source == buffers.target).all():
+        raise InternalError("bytes read back differ from those written")
+    digest.update(buffers.target)

@@ -1,0 +1,138 @@
+"""This host's own limits, measured beside ours in the same run: memcpy, O_DIRECT I/O, empty gRPC."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import mmap
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+
+from kvstore.client.arena import copy
+
+EMPTY_METHOD = "/kvstore.bench.Empty/Call"
+
+
+class Buffers:
+    """Two host buffers of `count` blocks, filled, with their pages in place."""
+
+    def __init__(self, count: int, block_bytes: int, seed: int) -> None:
+        self.count = count
+        self.block_bytes = block_bytes
+        random = np.random.default_rng(seed)
+        self.source = random.integers(0, 256, (count, block_bytes), dtype=np.uint8)
+        self.target = np.ones_like(self.source)
+        self.sources = list(self.source)
+        self.targets = list(self.target)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of each of the two."""
+        return self.count * self.block_bytes
+
+    def memcpy(self, at: int | None = None) -> float:
+        """Seconds of one plain memcpy from the one to the other: of all blocks, or of one."""
+        size = self.size_bytes if at is None else self.block_bytes
+        skip = 0 if at is None else at * size
+        to, source = self.target.ctypes.data + skip, self.source.ctypes.data + skip
+        started = time.perf_counter()
+        copy(to, source, size)
+        return time.perf_counter() - started
+
+
+class RawDisk:
+    """A preallocated file under O_DIRECT, read and written by as many threads as the daemon has."""
+
+    def __init__(self, path: Path, count: int, block_bytes: int, threads: int) -> None:
+        self.path = path
+        self.count = count
+        self.block_bytes = block_bytes
+        self.direct = True
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        try:
+            self._file = os.open(path, flags | os.O_DIRECT, 0o600)
+        except OSError:
+            self._file, self.direct = os.open(path, flags, 0o600), False
+        os.posix_fallocate(self._file, 0, count * block_bytes)
+        self._memory = mmap.mmap(-1, count * block_bytes)
+        self._memory.write(os.urandom(block_bytes) * count)
+        self._view = memoryview(self._memory)
+        self._threads = ThreadPoolExecutor(threads)
+
+    def write(self) -> float:
+        """Seconds to write all blocks, and to have them on the device's side of O_DIRECT."""
+        return self._timed(lambda at, part: os.pwritev(self._file, [part], at))
+
+    def read(self) -> float:
+        """Seconds to read all blocks."""
+        return self._timed(lambda at, part: os.preadv(self._file, [part], at))
+
+    def close(self) -> None:
+        """Remove the file."""
+        self._threads.shutdown()
+        os.close(self._file)
+        self.path.unlink()
+
+    def _timed(self, transfer: Any) -> float:
+        size = self.block_bytes
+        started = time.perf_counter()
+        starts = range(0, self.count * size, size)
+        for done in self._threads.map(lambda at: transfer(at, self._view[at : at + size]), starts):
+            if done != size:
+                raise OSError(f"{self.path}: {done} of {size} bytes")
+        return time.perf_counter() - started
+
+
+@contextlib.contextmanager
+def empty_grpc(socket: Path) -> Iterator[Any]:
+    """A function that makes one empty gRPC call to another process on this host."""
+    server = subprocess.Popen([sys.executable, "-m", "kvstore.bench_limits", str(socket)])
+    channel = grpc.insecure_channel(f"unix:{socket}")
+    try:
+        grpc.channel_ready_future(channel).result(20)
+        call = channel.unary_unary(EMPTY_METHOD)
+        yield lambda: call(b"", timeout=10)
+    finally:
+        channel.close()
+        server.terminate()
+        server.wait()
+
+
+async def _serve_empty(socket: str) -> None:
+    """The other side of `empty_grpc`: the same kind of server as the front door, doing nothing."""
+
+    async def answer(_request: bytes, _context: Any) -> bytes:
+        return b""
+
+    service, method = EMPTY_METHOD.strip("/").split("/")
+    server = grpc.aio.server()
+    handler = grpc.unary_unary_rpc_method_handler(answer)
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(service, {method: handler}),)
+    )
+    server.add_insecure_port(f"unix:{socket}")
+    await server.start()
+    await server.wait_for_termination()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Serve empty calls on a socket until terminated."""
+    import uvloop
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("socket")
+    uvloop.run(_serve_empty(parser.parse_args(arguments).socket))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""What is checked after every step of a world: bytes, slots, replayed tables, counters.
+
+Everything here is derived from what the hands and the clients see; the store's own columns are only
+looked at to be compared with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+from kvstore.catalog import DOOMED, LOADING, NOWHERE, READY, STORED, LayoutEntry
+from kvstore.leases import ReadLease, Session, WriteLease
+from kvstore.orders import IndexPut, Move, MoveKind
+from kvstore.slots import NOBODY
+from kvstore.store import Store
+
+Token = tuple[bytes, int, int]  # key with layout, version, shard
+Name = tuple[int, bytes]  # layout number, key
+Bytes = tuple[Token, ...]
+JUNK: Token = (b"junk", 0, 0)
+WILL_LOAD = (MoveKind.LOAD, MoveKind.PREFETCH)
+
+
+def sums_of(content: Bytes) -> bytes:
+    """A checksum that tells any two contents apart."""
+    return repr(content).encode()
+
+
+@dataclasses.dataclass(eq=False)
+class Writer:
+    """A client, alive or vanished, that may write some shards of some pages at any time."""
+
+    session: Session
+    lease: WriteLease
+    names: list[Name]
+    pages: list[int]
+    shards: tuple[int, ...]
+    version: int
+    dead: set[int] = dataclasses.field(default_factory=set)  # pages whose block was forgotten
+
+    def places(self) -> list[tuple[int, int]]:
+        return [(page, shard) for page in self.pages for shard in self.shards]
+
+
+@dataclasses.dataclass(eq=False)
+class Ghosts:
+    """What a vanished client may still write, until it is told that it cannot."""
+
+    blocks: list[int]
+    writers: list[Writer]
+
+
+@dataclasses.dataclass(eq=False)
+class Reader:
+    """A read lease, with what was true when it was asked for."""
+
+    session: Session
+    lease: ReadLease
+    names: list[Name]
+    floor: list[int]  # for each key, when it was last forgotten
+    granted: list[tuple[int, Bytes]] | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class Partial:
+    """A page some shards of which are done."""
+
+    name: Name
+    block: int
+    done: set[int]
+
+
+class Books:
+    """The model: simulated bytes, and who may touch which of them."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.entries: list[LayoutEntry] = []
+        self.step = 0
+        self.dram: dict[int, list[Token]] = {}
+        self.nvme: dict[int, Bytes] = {}
+        self.table: dict[int, tuple[str, Name]] = {}  # the slot table, as the marks made it
+        self.index: dict[int, IndexPut] = {}  # the NVMe index, as the orders made it
+        self.ever: dict[Name, dict[Bytes, int]] = {}  # contents committed, and when
+        self.forgotten: dict[Name, int] = {}
+        self.writers: list[Writer] = []
+        self.ghosts: list[Ghosts] = []
+        self.readers: list[Reader] = []
+        self.partial: dict[int, Partial] = {}
+        self.pending: list[Move] = []
+        self.latched: dict[int, Bytes] = {}  # id of a move -> the bytes that it started from
+        self.published = 0
+        self.saved = 0
+        self.marks: Counter[str] = Counter()
+
+    # -- bytes ---------------------------------------------------------------------------------
+
+    def committed(self, name: Name, content: Bytes) -> None:
+        """A client was told that these bytes are stored under the name."""
+        self.ever.setdefault(name, {})[content] = self.step
+        self.published += 1
+
+    def is_true(self, name: Name, content: Bytes, floor: int) -> bool:
+        """Whether these bytes were committed under the name, and after that step."""
+        return self.ever.get(name, {}).get(content, -1) > floor
+
+    def scribble(self) -> None:
+        """All that may write, writes."""
+        for writer in self.writers:
+            self._scribble(writer)
+        for ghost in self.ghosts:
+            for writer in ghost.writers:
+                self._scribble(writer)
+        for move in self.pending:
+            if move.kind in WILL_LOAD:
+                assert move.entry is not None
+                self.dram[move.dram] = [JUNK] * move.entry.layout.shards
+            elif move.kind is MoveKind.SPILL:
+                self.nvme[move.nvme] = (JUNK,)
+
+    def _scribble(self, writer: Writer) -> None:
+        for page, shard in writer.places():
+            self.dram[page][shard] = JUNK
+
+    # -- checks --------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Asserts all that must hold between calls."""
+        self.store.check()
+        self._check_bytes()
+        self._check_moves()
+        self._check_dram()
+        self._check_nvme()
+        self._check_waiting()
+        self._check_lookup()
+        self._check_counters()
+
+    def _check_bytes(self) -> None:
+        for reader in self.readers:
+            for page, content in reader.granted or ():
+                assert tuple(self.dram[page]) == content, "bytes changed under a read lease"
+        for page, (state, name) in self.table.items():
+            if state == "committed":
+                content, floor = tuple(self.dram[page]), self.forgotten.get(name, -1)
+                assert self.is_true(name, content, floor), "a restart would serve wrong bytes"
+        for page, put in self.index.items():
+            name, content = (put.entry.number, put.key), self.nvme[page]
+            assert put.sums == sums_of(content), "the index tells of other bytes"
+            assert self.is_true(name, content, self.forgotten.get(name, -1))
+
+    def _check_moves(self) -> None:
+        for move in self.pending:
+            if move.kind in (*WILL_LOAD, MoveKind.VERIFY):
+                assert sums_of(self.nvme[move.nvme]) == move.sums, "a slot changed while it is read"
+            elif move.kind is MoveKind.SPILL:
+                assert tuple(self.dram[move.dram]) == self.latched[id(move)]
+        filled = [move.dram for move in self.pending if move.kind in WILL_LOAD]
+        written = [move.nvme for move in self.pending if move.kind is MoveKind.SPILL]
+        assert len(set(filled)) == len(filled) and len(set(written)) == len(written)
+        placement = self.store.placement
+        assert placement.loads == len(filled) and placement.spills == len(written)
+
+    def _check_dram(self) -> None:
+        """Every slot of DRAM has exactly the holders that the model knows."""
+        store, catalog = self.store, self.store.catalog
+        places = [place for writer in self._all_writers() for place in writer.places()]
+        assert len(set(places)) == len(places), "two writers of one place"
+        writing = {page for page, _ in places} | set(self.partial)
+        loading = {move.dram for move in self.pending if move.kind in WILL_LOAD}
+        leased = {page for reader in self.readers for page, _ in reader.granted or ()}
+        committed = {page for page, (state, _) in self.table.items() if state == "committed"}
+        for one, other in ((writing, loading), (writing, leased), (loading, leased)):
+            assert not one & other, "a slot has two holders"
+        assert not committed & (writing | loading)
+        for reader in self.readers:
+            pages = (catalog.dram[block] for block in reader.lease.blocks)
+            leased |= {page for page in pages if page != NOWHERE}
+        spilling = {move.dram for move in self.pending if move.kind is MoveKind.SPILL}
+        for move in self.pending:  # a forgotten block keeps both its places while one is read
+            if move.kind is MoveKind.VERIFY and catalog.flags[move.block] & DOOMED:
+                spilling |= {catalog.dram[move.block]} - {NOWHERE}
+        owners = store.room.dram.owners()
+        assert owners.keys() == writing | loading | leased | committed | spilling
+        assert store.room.dram.used_bytes == self._size(owners)
+        expected = {}
+        for page, block in owners.items():
+            state = "committed" if catalog.flags[block] & READY else "writing"
+            key = catalog.keys[block]
+            assert key is not None
+            expected[page] = (state, (catalog.layout[block], key))
+        assert self.table == expected, "the slot table is out of date"
+
+    def _check_nvme(self) -> None:
+        store, catalog = self.store, self.store.catalog
+        owners = store.room.nvme.owners()
+        held = {move.nvme for move in self.pending if move.kind is not MoveKind.PROBE}
+        stored = {
+            catalog.nvme[b]: (catalog.layout[b], catalog.keys[b])
+            for b, flags in enumerate(catalog.flags)
+            if flags & STORED
+        }
+        indexed = {page: (put.entry.number, put.key) for page, put in self.index.items()}
+        assert indexed == stored, "the index is out of date"
+        assert held <= owners.keys() and self.index.keys() <= owners.keys()
+        for page in owners.keys() - held - self.index.keys():
+            assert catalog.flags[owners[page]] & DOOMED, "an NVMe slot that nobody needs"
+        assert store.room.nvme.used_bytes == self._size(owners)
+
+    def _check_waiting(self) -> None:
+        loading = {move.block for move in self.pending if move.kind in WILL_LOAD}
+        for reader in self.readers:
+            lease = reader.lease
+            if not lease.answered:
+                assert lease.blocks[lease.ready] in loading, "a lease waits for nothing"
+            else:
+                assert lease.ready == len(lease.blocks) == len(lease.tiers)
+
+    def _check_lookup(self) -> None:
+        """What lookup says is what slot table and index say, key by key."""
+        ok = self.store.placement.health.ok
+        ready = {name for state, name in self.table.values() if state == "committed"}
+        stored = {(put.entry.number, put.key) for put in self.index.values()}
+        written = {n for w in self.writers for n, p in zip(w.names, w.pages, strict=True)
+                   if p not in w.dead}  # fmt: skip
+        written |= {part.name for part in self.partial.values()}
+        for entry in self.entries:
+            names = {name for name in ready | stored if name[0] == entry.number}
+            for key in {key for _, key in names} | set(entry.index):
+                name = (entry.number, key)
+                tier = b"\1" if name in ready else b""
+                if not tier and name in stored and ok and name not in written:
+                    tier = b"\2"
+                assert self.store.lookup(entry, [key]) == tier
+
+    def _check_counters(self) -> None:
+        counters = self.store.counters
+        ready = sum(state == "committed" for state, _ in self.table.values())
+        assert self.published - counters.dram.evicted.total() == ready
+        assert self.saved - counters.nvme.evicted.total() == len(self.index)
+        assert counters.hit == counters.dram.hits + counters.nvme.hits
+        assert counters.quarantined == sum(len(ghost.blocks) for ghost in self.ghosts)
+
+    def _all_writers(self) -> list[Writer]:
+        return self.writers + [writer for ghost in self.ghosts for writer in ghost.writers]
+
+    def _size(self, owners: dict[int, int]) -> int:
+        return sum(self.store.catalog.entry(block).slot_bytes for block in owners.values())
+
+    # -- orders --------------------------------------------------------------------------------
+
+    def carry_out(self) -> list[ReadLease]:
+        """Do what the store wants done, as the hands do; the leases that it answered."""
+        orders, catalog = self.store.take_orders(), self.store.catalog
+        for page in orders.marks:
+            block = self.store.room.dram.owner(page)
+            if block == NOBODY:
+                self.table.pop(page, None)
+                continue
+            key = catalog.keys[block]
+            assert key is not None
+            state = "committed" if catalog.flags[block] & READY else "writing"
+            self.table[page] = (state, (catalog.layout[block], key))
+        for page, put in orders.index.items():
+            if put is None:
+                self.index.pop(page, None)
+            else:
+                self.index[page] = put
+        for move in orders.moves:
+            if move.kind is MoveKind.SPILL:
+                self.latched[id(move)] = tuple(self.dram[move.dram])
+            elif move.kind in WILL_LOAD:
+                assert catalog.flags[move.block] & LOADING
+        self.pending += orders.moves
+        for page, part in list(self.partial.items()):
+            if self.store.room.dram.owner(page) != part.block:
+                self.marks["idle parts given up"] += 1
+                assert all(page not in writer.pages for writer in self._all_writers())
+                del self.partial[page]
+        return orders.answers

@@ -1,0 +1,1 @@
+"""What the client promises on its own, without a daemon."""

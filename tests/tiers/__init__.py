@@ -1,0 +1,1 @@
+"""What every tier promises, and what each promises beyond."""
