@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kvstore.client.arena import address_of
 from kvstore.client.grant import Grant, count_tiers
 from kvstore.client.places import Places
-from kvstore.client.reservation import REFUSED, Reservation
+from kvstore.client.reservation import NEW, PRESENT, REFUSED, Reservation
 from kvstore.errors import InvalidBlock, InvalidRequest, SessionLost, Unavailable
 from kvstore.protos import kvstore_pb2 as pb
 from kvstore.types import KEYS_PER_CALL_MAX, Layout, check_keys
@@ -94,22 +94,23 @@ class Cache:
         sources = self._addresses(hashes, blocks, shard, writable=False)
         wait_s = self.client.timeout_s if deadline_s is None else _wait_s(deadline_s)
         end = time.monotonic() + wait_s
-        stored = present = 0
-        left = list(range(len(hashes)))
-        while left:
+        outcome = bytearray([REFUSED]) * len(hashes)
+        stored = done = 0
+        while done < len(hashes):
+            # What is refused is the end of the list: it continues what has been stored by then.
             wait_s = min(DEADLINE_S, max(0.0, end - time.monotonic() - GRACE_S))
-            session, reply = self._reserve(
-                [hashes[at] for at in left], parent, hints, wait_s, shard, again=True
-            )
+            session, reply = self._reserve(hashes, parent, hints, wait_s, shard, skip=done)
             status: bytes = reply.status
-            present += status.count(1)
-            new = [at for at, answer in zip(left, status, strict=True) if not answer]
+            new = [at for at, answer in enumerate(status, done) if answer == NEW]
             if new:
                 stored += self._fill(session, reply, [sources[at] for at in new], shard)
-            left = [at for at, answer in zip(left, status, strict=True) if answer == REFUSED]
-            if not new or time.monotonic() >= end:
+            for at, answer in enumerate(status, done):
+                if outcome[at] == REFUSED:
+                    outcome[at] = answer
+            if REFUSED not in status or not new or time.monotonic() >= end:
                 break
-        return PutResult(stored, present, len(left))
+            done += status.index(REFUSED)
+        return PutResult(stored, outcome.count(PRESENT), outcome.count(REFUSED))
 
     def get(
         self,
@@ -136,7 +137,7 @@ class Cache:
         window = max(1, WINDOW_BYTES // self.layout.block_bytes)
         while done < len(hashes):
             left_s = max(0.0, started + wait_s - time.monotonic())
-            grant = self._acquire(hashes[done:], left_s, prefill_tokens_per_s, window)
+            grant = self._acquire(hashes, left_s, prefill_tokens_per_s, window, skip=done)
             if not grant.length:
                 break
             with grant:
@@ -254,7 +255,7 @@ class Cache:
         wait_s: float,
         shard: int | None,
         *,
-        again: bool = False,
+        skip: int | None = None,
     ) -> tuple[Session, Any]:
         return self._ask(
             pb.RESERVE,
@@ -266,7 +267,8 @@ class Cache:
             deadline_s=wait_s,
             shard=None if shard is None else self._check_shard(shard),
             hints=_hints(hints) if hints else None,
-            again=again,
+            again=skip is not None,
+            skip=skip or 0,
         )
 
     def _fill(self, session: Session, reply: Any, sources: list[int], shard: int | None) -> int:
@@ -283,7 +285,13 @@ class Cache:
             raise
 
     def _acquire(
-        self, hashes: Sequence[bytes], wait_s: float, tokens_per_s: float | None, enough: int
+        self,
+        hashes: Sequence[bytes],
+        wait_s: float,
+        tokens_per_s: float | None,
+        enough: int,
+        *,
+        skip: int = 0,
     ) -> Grant:
         session, reply = self._ask(
             pb.ACQUIRE,
@@ -294,6 +302,7 @@ class Cache:
             deadline_s=wait_s,
             prefill_tokens_per_s=tokens_per_s or 0.0,
             enough=enough,
+            skip=skip,
         )
         return Grant(self.client, session, self.layout, reply)
 

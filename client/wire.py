@@ -259,9 +259,9 @@ class Wire:
 
     def _read(self, deadline: float) -> None:
         """Take in what has arrived; wait for something first, if nothing has."""
+        if not self._readable(deadline):
+            raise self._late("to answer")
         try:
-            if not self._readable(deadline):
-                raise self._late("to answer")
             data = self._socket.recv(READ_BYTES)
             if not data:
                 raise self._lost(None)

@@ -8,6 +8,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterable
 
+import structlog
 from xxhash import xxh3_64_intdigest
 
 from kvstore.catalog import READY, LayoutEntry
@@ -19,6 +20,8 @@ from kvstore.store import Store
 from kvstore.tiers.slot_table import COMMITTED, WRITING, SlotTable
 from kvstore.types import SLOT_ALIGNMENT, Layout
 
+log = structlog.get_logger()
+
 Ended = tuple[Move, Outcome, str]
 
 
@@ -29,6 +32,7 @@ class Hands:
     def __init__(self, table: SlotTable) -> None:
         self.mover: Mover | None = None
         self._table = table
+        self._problem = ""
         self._index: Index | None = None
         self._described: set[int] = set()
 
@@ -48,8 +52,8 @@ class Hands:
         for page in pages:
             slab = slots.slab_of(page)
             size = slots.slot_size(slab)
-            if size and table.slot_bytes[slab] != size:
-                table.assign(slab, size)
+            if size and table.slot_bytes[slab] != size and not self._assign(slab, size):
+                continue
             block = slots.owner(page)
             offset = page * SLOT_ALIGNMENT
             if block == NOBODY:
@@ -68,6 +72,22 @@ class Hands:
                 sequence=store.placement.sequence,
                 checksum=xxh3_64_intdigest(sums) if sums else 0,
             )
+
+    def _assign(self, slab: int, slot_bytes: int) -> bool:
+        """Have the table describe a slab anew. Where the system gives no room for that (a full
+        tmpfs, no descriptor left) its blocks are served all the same, but not after a crash."""
+        problem = ""
+        try:
+            self._table.assign(slab, slot_bytes)
+        except OSError as error:
+            problem = str(error)
+        if problem != self._problem:
+            self._problem = problem
+            if problem:
+                log.error("slot table cannot be written", problem=problem)
+            else:
+                log.warning("slot table is written again")
+        return not problem
 
     def layout(self, entry: LayoutEntry) -> None:
         """Queue the layout's description for the NVMe index, once."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from kvstore.catalog import LayoutEntry
 
@@ -18,6 +18,7 @@ class ReadLease:
         "answered",
         "asked",
         "blocks",
+        "context",
         "enough",
         "entry",
         "number",
@@ -38,6 +39,7 @@ class ReadLease:
         self.enough = 0
         self.stop = 0
         self.answered = False
+        self.context: Sequence[bytes] = ()  # keys that the blocks continue
         self.asked = 0
         self.tokens_per_s = 0.0
 
@@ -45,7 +47,7 @@ class ReadLease:
 class WriteLease:
     """The right to write the slots of new blocks: all their shards, or the one named."""
 
-    __slots__ = ("blocks", "entry", "number", "session", "shard")
+    __slots__ = ("after", "blocks", "entry", "number", "session", "shard")
 
     def __init__(
         self,
@@ -60,6 +62,7 @@ class WriteLease:
         self.entry = entry
         self.blocks = blocks
         self.shard = shard
+        self.after: Sequence[bytes | None] = ()  # keys of the chain before the blocks
 
 
 class Session:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from kvstore.catalog import DOOMED, FRESH, LOADING, READY, SPILLING, STORED, TWICE, WRITING
 from kvstore.eviction.base import Policy
@@ -83,6 +83,28 @@ class Placement:
         if got < len(blocks) and unsaved and not self.spills:
             got += self.room.take(DRAM, entry, blocks[got:], now, force=True)
         return got
+
+    def protect(self, blocks: Iterable[int]) -> list[int]:
+        """Pin those of a chain's blocks that are in DRAM: room for its tail is not made at the cost
+        of its head. They are to be unpinned by the caller."""
+        flags, pins = self.catalog.flags, self.catalog.pins
+        held = [block for block in blocks if flags[block] & READY]
+        for block in held:
+            pins[block] += 1
+        return held
+
+    def give_up(self, held: list[int]) -> bool:
+        """Unpin the last quarter of protected blocks, of those that stay on NVMe; False when there
+        is none: a head is not lost for its tail."""
+        flags = self.catalog.flags
+        spare = [block for block in held if flags[block] & STORED] if self.health.ok else []
+        if not spare:
+            return False
+        gone = spare[-max(1, len(spare) // 4) :]
+        self.room.unpin(gone)
+        kept = set(held).difference(gone)
+        held[:] = [block for block in held if block in kept]
+        return True
 
     def publish(self, blocks: Sequence[int], now: float) -> None:
         """The bytes of these blocks in DRAM are complete: they can be read from now on."""

@@ -37,8 +37,10 @@ class Reads:
         wait: bool = True,
         enough: int = 0,
         tokens_per_s: float = 0.0,
+        context: Sequence[bytes] = (),
     ) -> ReadLease:
-        """A read lease on the longest prefix that is in DRAM or can be brought there.
+        """A read lease on the longest prefix that is in DRAM or can be brought there. `context` are
+        keys that the list continues; they are not asked for.
 
         When `lease.answered` is true the answer is final; else it comes among `orders.answers`, or
         from `cut`. A lease answered without blocks is over already.
@@ -51,6 +53,7 @@ class Reads:
         lease = ReadLease(self.sessions.next_number(), session, entry)
         lease.asked = len(keys)
         lease.tokens_per_s = tokens_per_s
+        lease.context = context
         flags, pins, get = self.catalog.flags, self.catalog.pins, entry.index.get
         blocks, seen = lease.blocks, 0
         for key in keys:
@@ -71,6 +74,10 @@ class Reads:
         if lease.ready >= lease.enough:
             self._answer(lease, PENDING if lease.ready < len(blocks) else lease.stop)
         return lease
+
+    def note(self, blocks: list[int]) -> None:
+        """Blocks of one layout were used, in prefix order; the policies hear of it later."""
+        self.notes.append(blocks)
 
     def cut(self, lease: ReadLease, stop: int) -> None:
         """The wait is over: the lease is answered with what is ready."""
@@ -140,17 +147,9 @@ class Reads:
             lease.stop = TOO_SLOW
         for block in chain:
             self.catalog.pins[block] += 1  # before making room for the next
-        at = 0
-        while at < len(chain):
-            block = chain[at]
-            if flags[block] & (READY | LOADING):
-                flags[block] |= 0 if flags[block] & READY else FRESH
-            elif not self.placement.load(block, now, demand=True):
-                # The head goes before the tail, which the pins have kept in memory until now.
-                lease.stop = NO_ROOM
-                self._trim(chain, at)
-                continue
-            at += 1
+        held = self.placement.protect(self._context(lease))
+        self._load(lease, chain, held, now)
+        self.placement.room.unpin(held)
         for block in chain:
             if flags[block] & LOADING:
                 self._waiting.setdefault(block, []).append(lease)
@@ -158,6 +157,30 @@ class Reads:
         self._advance(lease)
         if not wait and lease.ready < len(lease.blocks):
             self._shorten(lease, lease.ready, LATE)
+
+    def _load(self, lease: ReadLease, chain: list[int], held: list[int], now: float) -> None:
+        """Order or join the loads of a chain, and cut it where no more fits."""
+        flags, at = self.catalog.flags, 0
+        while at < len(chain):
+            block = chain[at]
+            if flags[block] & (READY | LOADING):
+                flags[block] |= 0 if flags[block] & READY else FRESH
+                at += 1
+            elif self.placement.load(block, now, demand=True):
+                at += 1
+            elif not (
+                at == 0
+                and not lease.blocks
+                and not any(flags[behind] & READY for behind in chain)
+                and self.placement.give_up(held)
+            ):
+                # The head goes before the tail, which the pins have kept in memory until now.
+                lease.stop = NO_ROOM
+                self._trim(chain, at)
+
+    def _context(self, lease: ReadLease) -> list[int]:
+        index = lease.entry.index
+        return [index[key] for key in lease.context if key in index]
 
     def _trim(self, chain: list[int], at: int) -> None:
         """Leave out an eighth of what is behind `at`; all of it, where that gives no slot free."""
@@ -215,7 +238,7 @@ class Reads:
                 flags[block] &= ~FRESH
         self._count(lease)
         if blocks:
-            self.notes.append(blocks)
+            self.notes.append(self._context(lease) + blocks if lease.context else blocks)
         else:
             del lease.session.leases[lease.number]
 

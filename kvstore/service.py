@@ -276,16 +276,17 @@ class Service:
 
     def _acquire(self, session: Session, request: Any, answer: Answer) -> Any:
         self.requests["acquire"] += 1
-        started = time.perf_counter()
+        started, skip = time.perf_counter(), request.skip
         entry, keys = self._keys(request.keys)
         lease = self.store.acquire(
             session,
             entry,
-            keys,
+            keys[skip:] if skip else keys,
             self._now(),
             wait=request.deadline_s > 0,
             enough=request.enough,
             tokens_per_s=request.prefill_tokens_per_s,
+            context=keys[:skip],
         )
         if lease.answered:
             reply = self._grant(lease)
@@ -372,7 +373,16 @@ class Service:
             raise InvalidRequest(
                 f"shard {shard} of a layout with {entry.layout.shards} shards: they count from 0"
             )
-        return self.store.reserve(session, entry, keys, self._now(), shard=shard, force=force)
+        skip = request.skip
+        return self.store.reserve(
+            session,
+            entry,
+            keys[skip:] if skip else keys,
+            self._now(),
+            shard=shard,
+            force=force,
+            context=keys[:skip],
+        )
 
     def _reserved(self, request: Any, reserved: Reserved) -> Any:
         if not (request.again and reserved.lease):

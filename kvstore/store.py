@@ -47,8 +47,8 @@ class Store:
         self.catalog = self.placement.catalog
         self.counters = self.placement.counters
         self.sessions = Sessions(limits.leases_per_session)
-        self._writes = Writes(self.placement, self.sessions)
         self._reads = Reads(self.placement, self.sessions)
+        self._writes = Writes(self.placement, self.sessions, self._reads.note)
         self.commit = self._writes.commit
         self.abort = self._writes.abort
         self.acquire = self._reads.acquire
@@ -124,11 +124,14 @@ class Store:
         *,
         shard: int | None = None,
         force: bool = False,
+        context: Sequence[bytes] = (),
     ) -> Reserved:
         """See Writes.reserve; that the keys were asked for is noted here."""
-        reserved = self._writes.reserve(session, entry, keys, now, shard=shard, force=force)
-        if reserved.present:
-            self._reads.notes.append(reserved.present)
+        reserved = self._writes.reserve(
+            session, entry, keys, now, shard=shard, force=force, context=context
+        )
+        if reserved.chain:
+            self._reads.notes.append(reserved.chain)
         return reserved
 
     def prefetch(self, entry: LayoutEntry, keys: Sequence[bytes], now: float) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from kvstore.catalog import DOOMED, LOADING, READY, STORED, WRITING, LayoutEntry
 from kvstore.errors import LimitExceeded
@@ -19,13 +19,13 @@ NEW, PRESENT, REFUSED = 0, 1, 2  # the answer for each key, as on the wire
 class Reserved:
     """The outcome of reserve: for each key a status, and for each new one the page of its slot.
 
-    `present` are the blocks that were there. `waiting` says that nothing was to be had but room
-    will come: park the request and try again.
+    `chain` are the blocks that were there, and those of the context. `waiting` says that nothing was
+    to be had but room will come: park the request and try again.
     """
 
     status: bytes
     pages: list[int]
-    present: list[int]
+    chain: list[int]
     lease: WriteLease | None
     waiting: bool
 
@@ -45,8 +45,11 @@ class _Parts:
 class Writes:
     """Write leases of one tenant."""
 
-    def __init__(self, placement: Placement, sessions: Sessions) -> None:
+    def __init__(
+        self, placement: Placement, sessions: Sessions, note: Callable[[list[int]], None]
+    ) -> None:
         self.placement = placement
+        self._note = note
         self.catalog = placement.catalog
         self.counters = placement.counters
         self.sessions = sessions
@@ -64,11 +67,13 @@ class Writes:
         *,
         shard: int | None = None,
         force: bool = False,
+        context: Sequence[bytes] = (),
     ) -> Reserved:
         """Slots for those keys that are not here. Each new key is then being written by the caller.
 
         With `shard`, a block that others are writing shard by shard is joined. With `force`, blocks
-        whose copy on NVMe is still due may be lost to make room.
+        whose copy on NVMe is still due may be lost to make room. `context` are keys that the list
+        continues; they are not asked for.
         """
         status = bytearray(len(keys))
         claimed, fresh, present = self._sort_keys(entry, keys, shard, status)
@@ -80,11 +85,9 @@ class Writes:
         if shard is not None:  # before making room: what is claimed is not given up
             self._claim([entry.index[keys[at]] for at in claimed], shard)
         blocks = self._rows(entry, [keys[at] for at in fresh])
-        flags, pins = self.catalog.flags, self.catalog.pins
-        for block in present:
-            pins[block] += 1  # the tail must not push the head out
-        got = self.placement.take_dram(blocks, now, force=force)
-        self.placement.room.unpin(present)
+        flags, index = self.catalog.flags, entry.index
+        chain = [index[key] for key in context if key in index] + present
+        got = self._take(blocks, chain, now, force)
         for at in fresh[got:]:
             status[at] = REFUSED
         for block in blocks[:got]:
@@ -98,9 +101,19 @@ class Writes:
         lease = None
         if granted:
             lease = WriteLease(self.sessions.next_number(), session, entry, granted, shard)
+            lease.after = [self.catalog.keys[block] for block in chain]
             session.leases[lease.number] = lease
         pages = [self.catalog.dram[block] for block in granted]
-        return Reserved(bytes(status), pages, present, lease, waiting)
+        return Reserved(bytes(status), pages, chain, lease, waiting)
+
+    def _take(self, blocks: list[int], chain: list[int], now: float, force: bool) -> int:
+        """Slots for leading blocks; how many got one. Those of their own chain go last."""
+        held = self.placement.protect(chain)
+        got = self.placement.take_dram(blocks, now, force=force)
+        while blocks and not got and self.placement.give_up(held):
+            got = self.placement.take_dram(blocks, now, force=force)
+        self.placement.room.unpin(held)
+        return got
 
     def commit(self, session: Session, number: int, now: float) -> int | None:
         """The lease's bytes are complete: blocks all of whose shards are become visible.
@@ -125,6 +138,9 @@ class Writes:
         again = [block for block in good if flags[block] & STORED and not room.held(block)]
         room.leave(NVME, again, "replaced")
         self.placement.publish(good, now)
+        index = lease.entry.index
+        if before := [index[key] for key in lease.after if key in index]:
+            self._note(before)  # what a block depends on stays warmer than the block
         self.placement.store_through(good)
         self.placement.pump(now)
         self.counters.stored += len(good)

@@ -153,20 +153,22 @@ class LookupReply(_message.Message):
     def __init__(self, length: _Optional[int] = ..., tiers: _Optional[bytes] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("keys", "shard", "parent", "hints", "deadline_s", "again")
+    __slots__ = ("keys", "shard", "parent", "hints", "deadline_s", "again", "skip")
     KEYS_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
     HINTS_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     AGAIN_FIELD_NUMBER: _ClassVar[int]
+    SKIP_FIELD_NUMBER: _ClassVar[int]
     keys: Keys
     shard: int
     parent: bytes
     hints: Hints
     deadline_s: float
     again: bool
-    def __init__(self, keys: _Optional[_Union[Keys, _Mapping]] = ..., shard: _Optional[int] = ..., parent: _Optional[bytes] = ..., hints: _Optional[_Union[Hints, _Mapping]] = ..., deadline_s: _Optional[float] = ..., again: bool = ...) -> None: ...
+    skip: int
+    def __init__(self, keys: _Optional[_Union[Keys, _Mapping]] = ..., shard: _Optional[int] = ..., parent: _Optional[bytes] = ..., hints: _Optional[_Union[Hints, _Mapping]] = ..., deadline_s: _Optional[float] = ..., again: bool = ..., skip: _Optional[int] = ...) -> None: ...
 
 class ReserveReply(_message.Message):
     __slots__ = ("lease", "status", "offsets")
@@ -205,16 +207,18 @@ class AbortReply(_message.Message):
     def __init__(self, held: bool = ...) -> None: ...
 
 class AcquireRequest(_message.Message):
-    __slots__ = ("keys", "deadline_s", "prefill_tokens_per_s", "enough")
+    __slots__ = ("keys", "deadline_s", "prefill_tokens_per_s", "enough", "skip")
     KEYS_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     ENOUGH_FIELD_NUMBER: _ClassVar[int]
+    SKIP_FIELD_NUMBER: _ClassVar[int]
     keys: Keys
     deadline_s: float
     prefill_tokens_per_s: float
     enough: int
-    def __init__(self, keys: _Optional[_Union[Keys, _Mapping]] = ..., deadline_s: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., enough: _Optional[int] = ...) -> None: ...
+    skip: int
+    def __init__(self, keys: _Optional[_Union[Keys, _Mapping]] = ..., deadline_s: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., enough: _Optional[int] = ..., skip: _Optional[int] = ...) -> None: ...
 
 class AcquireReply(_message.Message):
     __slots__ = ("lease", "length", "tiers", "offsets", "stop", "estimate_s")

@@ -156,3 +156,13 @@ class Desk:
 
     def keys_of(self, moves: Sequence[Move]) -> list[bytes]:
         return [move.key for move in moves]
+
+
+def stored_below(*, dram: int = 1, nvme: int = 4, blocks: int = 4) -> Desk:
+    """Blocks 0.. of layout 0 are on NVMe alone."""
+    desk = Desk(dram, nvme)
+    entry = desk.layout()
+    offsets = [at * PAGE for at in range(blocks)]
+    sums = [b"sum%d" % at for at in range(blocks)]
+    desk.store.adopt(entry.layout, keys(*range(blocks)), offsets, sums, desk.now)
+    return desk

@@ -1,7 +1,7 @@
 """Drives a store beside a naive model: Hypothesis chooses what happens, or a seed does, at length.
 
-The model (`world.py`, `books.py`) holds simulated bytes, so that "never a wrong byte" is checked, not
-hoped for. The seeded runs also prove by marks that the rare branches were really taken.
+The model (`world.py`, `books.py`) holds simulated bytes, so that "never a wrong byte" is checked.
+The seeded runs also prove by marks that the rare branches were really taken.
 """
 
 from __future__ import annotations

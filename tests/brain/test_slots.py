@@ -99,8 +99,8 @@ def test_adopted_owners_sit_where_they_sat() -> None:
     ids=["inside a slot", "off the grid", "rest", "rest of slab 1", "outside", "far", "too large"],
 )
 def test_what_cannot_be_adopted_changes_nothing(page: int, pages: int) -> None:
-    """A damaged index may name any place. A record that pointed to the rest of a slab, which no slot
-    covers, was not seated, but the slab was assigned to its size for good."""
+    """A damaged index may name any place. A record that pointed to the rest of a slab, which no
+    slot covers, was not seated, but the slab was assigned to its size for good."""
     slots = Slots(8 * PAGE, 4 * PAGE)
     assert slots.adopt([page], pages * PAGE, [1]) == [False]
     slots.check()

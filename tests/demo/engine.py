@@ -28,26 +28,17 @@ STORE_DEADLINE_S = 30.0
 POLL_S = 0.01
 
 
-def offload(
-    cache: Any, hashes: Sequence[bytes], blocks: Sequence[Any], batch: int
-) -> dict[str, Any]:
-    """Puts the blocks in the order of the prompt, a chunk at a time; asks again where refused.
-
-    A refusal is the store's way to say that its disk is behind. An engine would go on without; here
-    every block is wanted.
-    """
+def offload(cache: Any, hashes: Sequence[bytes], blocks: Sequence[Any]) -> dict[str, Any]:
+    """Puts the whole prompt's blocks in one call, and again where the disk was too far behind."""
     began = time.perf_counter()
     counts: collections.Counter[str] = collections.Counter()
-    for start in range(0, len(hashes), batch):
-        part, parent = hashes[start : start + batch], hashes[start - 1] if start else None
-        while True:
-            result = cache.put(part, blocks[start : start + batch], parent=parent)
-            counts["stored"] += result.stored
-            counts["refusals"] += result.refused
-            if not result.refused or time.perf_counter() - began > STORE_DEADLINE_S:
-                break
-            time.sleep(POLL_S)
-    return {**counts, "offload_s": time.perf_counter() - began}
+    while True:
+        result = cache.put(hashes, blocks)
+        counts["stored"] += result.stored
+        counts["refusals"] += result.refused
+        if not result.refused or time.perf_counter() - began > STORE_DEADLINE_S:
+            return {**counts, "offload_s": time.perf_counter() - began}
+        time.sleep(POLL_S)
 
 
 def fetch(cache: Any, hashes: Sequence[bytes], into: Sequence[Any]) -> dict[str, Any]:
@@ -82,8 +73,7 @@ def prefill(model: Model, cache: Any, reference: Path) -> dict[str, Any]:
     model.fill(pool, kv)  # before the cache grows further
     tokens, rows = model.greedy(logits, kv)
     torch.save({"logits": rows, "tokens": tokens}, reference)
-    batch = profile.chunk_tokens // profile.block_tokens
-    counts = offload(cache, hashes, pool.unbind(), batch)
+    counts = offload(cache, hashes, pool.unbind())
     return {
         "ttft_s": ttft_s,
         "computed": profile.prompt_tokens,

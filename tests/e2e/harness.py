@@ -99,6 +99,7 @@ class Daemon:
             self.config.setdefault(name.replace("__", "."), {}).update(values)
         self.log_path = self.folder / "log"
         self.process: subprocess.Popen[bytes] | None = None
+        self.gated = False  # whether `hold` works: see tests.e2e.gated
         self.forgiven: tuple[str, ...] = ()  # texts of DEFECTS that this test provokes
         self._clients: list[Client] = []
         live.append(self)
@@ -119,10 +120,11 @@ class Daemon:
         """Start the process and do not wait for anything."""
         assert self.process is None
         config = self.write_config()
+        module = ["tests.e2e.gated", str(self.folder)] if self.gated else ["kvstore.daemon"]
         environ = {name: v for name, v in os.environ.items() if not name.startswith("KVSTORE_")}
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "kvstore.daemon", "--config", str(config)],
+                [sys.executable, "-m", *module, "--config", str(config)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -186,8 +188,21 @@ class Daemon:
         finally:
             self.signal(signal.SIGCONT)
 
+    @contextlib.contextmanager
+    def hold(self, what: str) -> Iterator[None]:
+        """NVMe "read" or "write" operations that begin meanwhile end afterwards."""
+        assert self.gated
+        gate = self.folder / f"hold-{what}"
+        gate.touch()
+        try:
+            yield
+        finally:
+            gate.unlink()
+
     def dispose(self) -> None:
         """End everything and remove every file; fails when the daemon's log tells of a defect."""
+        for gate in self.folder.glob("hold-*"):
+            gate.unlink()
         for client in self._clients:
             client.close()
         try:

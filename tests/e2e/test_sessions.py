@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -15,7 +17,6 @@ from kvstore.errors import DeadlineExceeded, SessionLost, Unavailable
 from kvstore.protos import kvstore_pb2 as pb
 from tests.e2e.conftest import MakeDaemon
 from tests.e2e.harness import (
-    MIB,
     ROOT,
     Daemon,
     content,
@@ -25,7 +26,7 @@ from tests.e2e.harness import (
     targets,
     wait_for,
 )
-from tests.e2e.raw import RawFront, open_layout, packed
+from tests.e2e.raw import RawFront, RawHatch, open_layout, packed
 
 SIZE = 64 << 10
 KEYS = hashes(8, "sessions")
@@ -161,18 +162,18 @@ def test_a_process_that_cannot_be_watched(daemon: Daemon) -> None:
 def test_a_daemon_without_descriptors_frees_nothing_early(make_daemon: MakeDaemon) -> None:
     """A daemon out of descriptors could not watch a client that had connected, and took that for
     the client's end: its slots were freed while it wrote. It looks again, once it can."""
-    import resource
-
     daemon = make_daemon(nvme={"size": "0"}).start()
     assert daemon.process is not None
     cache = daemon.client().open(layout("sessions"))
+    cache.put(KEYS, contents(KEYS, SIZE))
     pid = daemon.process.pid
     used = len(os.listdir(f"/proc/{pid}/fd"))
-    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 1, used + 1))
+    soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 1, hard))
     holder = Holder(daemon, "hatch", "drop")  # a descriptor for the connection, none for its end
     quarantined = lambda: cache.client.stats().tenants.default.blocks.quarantined  # noqa: E731
     wait_for(lambda: quarantined() == 6, "its slots to be quarantined")
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
     assert quarantined() == 6
     holder.kill()
     wait_for(lambda: quarantined() == 0, "the quarantine to end", 2 * SOON_S)
@@ -182,16 +183,6 @@ def test_a_daemon_without_descriptors_frees_nothing_early(make_daemon: MakeDaemo
 # -- calls that were given up ------------------------------------------------------------------
 
 
-def cold_blocks(make_daemon: MakeDaemon) -> Daemon:
-    """A daemon that was started again: its blocks are on NVMe alone."""
-    daemon = make_daemon().start()
-    client = daemon.client()
-    client.open(layout("sessions")).put(KEYS, contents(KEYS, SIZE))
-    client.close()
-    daemon.stop()
-    return daemon.start()
-
-
 def leases(daemon: Daemon) -> int:
     found: int = daemon.stats().leases
     return found
@@ -199,27 +190,26 @@ def leases(daemon: Daemon) -> int:
 
 @pytest.mark.parametrize("verb", ["acquire", "reserve"])
 @pytest.mark.parametrize("again", [True, False], ids=["goes on", "stays silent"])
-def test_a_call_that_was_given_up(
-    make_daemon: MakeDaemon, door: str, verb: str, again: bool
-) -> None:
+def test_a_call_that_was_given_up(daemon: Daemon, door: str, verb: str, again: bool) -> None:
     """A client whose call was late got its lease all the same when the daemon woke up: the answer
     was undone only if the client called again, and never through the front door. The slots stayed
     pinned, or taken, for as long as the client lived."""
-    daemon = make_daemon().start()
-    used = 0
     with daemon.client(door, timeout_s=0.4) as client:
         cache = client.open(layout("sessions"))
-        cache.put(KEYS, contents(KEYS, SIZE))
-        used = daemon.settled().tiers.dram.used_bytes
+        cache.lookup(KEYS)
+        before = daemon.stats()
         with daemon.suspended(), pytest.raises(DeadlineExceeded, match="took longer than"):
             cache.acquire(KEYS) if verb == "acquire" else cache.reserve(NEW)
         if again:
             wait_for(lambda: _looks_up(client), "the daemon to answer again")
-        wait_for(lambda: daemon.stats().requests[verb] > (verb == "reserve"), "the late request")
+        if door == "hatch":  # the front door drops a request whose deadline is over
+            wait_for(lambda: daemon.stats().requests[verb] > before.requests[verb], "the request")
         wait_for(lambda: leases(daemon) == 0, "the lease to be given back", SOON_S)
-        if door == "hatch":  # through the front door the session ends, and this process lives on
-            wait_for(lambda: daemon.stats().tiers.dram.used_bytes == used, "slots", SOON_S)
-            assert cache.put(NEW, contents(NEW, SIZE)).stored == 6
+        after = daemon.stats().tiers.dram.used_bytes
+        assert after == before.tiers.dram.used_bytes
+        assert daemon.stats().blocks.quarantined == 0
+        if door == "hatch":
+            assert daemon.log().count("client gone") == daemon.log().count("client attached") - 2
 
 
 def _looks_up(client: Client) -> bool:
@@ -229,47 +219,70 @@ def _looks_up(client: Client) -> bool:
         return False
 
 
-def test_a_foreign_call_that_was_cancelled(make_daemon: MakeDaemon) -> None:
-    """A gRPC client of any kind cancels an acquire that waits for its load: the lease was made when
-    the load had ended, and nobody knew its number. It is undone by the daemon."""
-    daemon = make_daemon(dram={"size": "8 MiB"}, nvme={"write_budget": "1 MiB/s"}).start()
-    cache = daemon.client().open(layout("sessions"))
+@pytest.fixture
+def full(make_daemon: MakeDaemon) -> Iterator[Daemon]:
+    """A daemon whose memory is full of blocks that are due on NVMe, where no write ever ends."""
+    daemon = make_daemon(dram={"size": "8 MiB"})
+    daemon.gated = True
+    daemon.start()
     fill = hashes(128, "fill")
-    cache.put(fill, contents(fill, SIZE), deadline_s=0)
-    other = RawFront(daemon.socket("front"))
-    other.attach(pid=os.getpid())
+    with daemon.hold("write"):
+        with daemon.client() as client:
+            assert client.open(layout("sessions")).put(fill, contents(fill, SIZE)).stored == 128
+        yield daemon
+
+
+def _waits(daemon: Daemon, other: RawFront, **options: float) -> Any:
+    """A foreign reserve that waits for room."""
     number = open_layout(other, layout("sessions"))
     wanted = pb.ReserveRequest(keys=packed(number, NEW), deadline_s=30)
     before = daemon.stats().requests.reserve
-    with pytest.raises(Exception, match="DEADLINE_EXCEEDED"):
-        other.call(pb.RESERVE, wanted, timeout_s=0.05)  # waits for room, which comes slowly
-    assert daemon.stats().requests.reserve == before + 1
+    call = other.stub.Reserve.future(wanted, metadata=other.metadata, **options)
+    wait_for(lambda: daemon.stats().requests.reserve == before + 1, "the call to arrive")
+    assert not call.done()
+    return call
+
+
+def test_a_foreign_call_that_was_cancelled(full: Daemon) -> None:
+    """A gRPC client of any kind gave up a reserve that waited for room: the lease was made when the
+    room came, and nobody knew its number. The daemon undoes it."""
+    other = RawFront(full.socket("front"))
+    other.attach(pid=os.getpid())
+    call = _waits(full, other)
+    call.cancel()
     assert other.call(pb.STATS, pb.StatsRequest()).json, "the session lives"
-    wait_for(lambda: daemon.stats().blocks.aborted > 0, "the late grant to be undone", 20)
-    assert leases(daemon) == 0
-    assert daemon.stats().tiers.dram.used_bytes <= 8 * MIB
+    (full.folder / "hold-write").unlink()
+    wait_for(lambda: full.stats().blocks.aborted == 6, "the late grant to be undone")
+    assert leases(full) == 0
+    (full.folder / "hold-write").touch()
     other.close()
 
 
-def test_the_end_of_a_foreign_session_ends_its_calls(make_daemon: MakeDaemon) -> None:
+def test_the_end_of_a_foreign_session_ends_its_calls(full: Daemon) -> None:
     """The Attach stream of a client ended while one of its calls waited: the call was never
     answered, not even with an error. It is told that the session has ended."""
-    daemon = make_daemon(dram={"size": "8 MiB"}, nvme={"write_budget": "1 KiB/s"}).start()
-    cache = daemon.client().open(layout("sessions"))
-    fill = hashes(128, "fill")
-    cache.put(fill, contents(fill, SIZE), deadline_s=0)
-    other = RawFront(daemon.socket("front"))
+    other = RawFront(full.socket("front"))
     other.attach(pid=os.getpid())
-    number = open_layout(other, layout("sessions"))
-    wanted = pb.ReserveRequest(keys=packed(number, NEW), deadline_s=30)
-    before = daemon.stats().requests.reserve
-    call = other.stub.Reserve.future(wanted, timeout=20, metadata=other.metadata)
-    wait_for(lambda: daemon.stats().requests.reserve == before + 1, "the call to arrive")
-    assert not call.done()
+    call = _waits(full, other)
     other.stream.cancel()
     wait_for(call.done, "the call to end", SOON_S)
     assert dict(call.trailing_metadata())["kvstore-error"] == "SessionLost"
     other.close()
+
+
+@pytest.mark.parametrize("door", ["hatch"])
+def test_a_session_that_ends_while_it_waits(full: Daemon, door: str) -> None:
+    """What a client waited for when it went is not made for it."""
+    with RawHatch(full.socket()) as other:
+        other.attach()
+        number = open_layout(other, layout("sessions"))
+        other.send(pb.RESERVE, pb.ReserveRequest(keys=packed(number, NEW), deadline_s=30))
+        wait_for(lambda: full.stats().requests.reserve == 2, "the call to arrive")
+    wait_for(lambda: full.stats().sessions == 1, "the session to end")
+    (full.folder / "hold-write").unlink()
+    stats = full.settled()
+    assert (stats.blocks.known, stats.blocks.quarantined) == (128, 0)
+    (full.folder / "hold-write").touch()
 
 
 # -- restarts ----------------------------------------------------------------------------------

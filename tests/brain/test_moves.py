@@ -1,0 +1,226 @@
+"""The store's promises as small examples: copies down, loads up, devices that fail."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvstore.orders import MoveKind, Outcome
+from kvstore.reads import ABSENT, END, FAILED, LATE, NO_ROOM, PENDING, TOO_SLOW
+from tests.brain.desk import PAGE, Desk, keys, stored_below
+
+LOAD, SPILL, PROBE = MoveKind.LOAD, MoveKind.SPILL, MoveKind.PROBE
+
+
+# -- down and up -------------------------------------------------------------------------------
+
+
+def test_through_copies_at_once() -> None:
+    desk = Desk(nvme=1)
+    entry = desk.layout()
+    desk.put(entry, 1)
+    assert desk.kinds() == [SPILL]
+    move = desk.finish()
+    put = desk.index[move.nvme]
+    assert put and put.key == keys(1)[0] and put.sums == move.sums
+    assert desk.counters.nvme.spilled == 1
+
+
+def test_on_evict_copies_when_it_must_and_at_the_end() -> None:
+    desk = Desk(nvme=1, policy="on-evict")
+    entry = desk.layout()
+    desk.put(entry, 1)
+    desk.touch(entry, 1)
+    assert desk.moves == []
+    desk.store.save_all(desk.now)
+    desk.store.tick(desk.now)
+    desk.look()
+    assert desk.kinds() == [SPILL]
+
+
+def test_second_touch_copies_what_is_asked_for_again() -> None:
+    desk = Desk(nvme=2, policy="second-touch")
+    entry = desk.layout()
+    desk.put(entry, 1, 2, 3, 4)
+    desk.touch(entry, 1, 2)
+    assert desk.keys_of(desk.moves) == keys(2, 1)
+    desk.finish_all()
+    desk.touch(entry, 1, 2)
+    assert desk.moves == []
+    assert desk.put(entry, 5, 6) == 2, "the others may go without a copy"
+    assert desk.tiers(entry, 1, 2, 3, 4) == [1, 1, 0, 0]
+
+
+def test_the_write_budget_bounds_spills() -> None:
+    desk = Desk(dram=4, nvme=4, budget=PAGE / 10)
+    entry = desk.layout()
+    desk.put(entry, *range(12))
+    assert len(desk.moves) == 1, "10 s at a tenth of a page"
+    desk.finish_all()
+    desk.now += 35
+    desk.store.tick(desk.now)
+    desk.look()
+    assert len(desk.moves) == 3
+    desk.finish_all()
+    desk.now += 10_000
+    desk.store.tick(desk.now)
+    desk.look()
+    assert len(desk.moves) == 6, "not more than a minute's worth is saved up"
+
+
+def test_the_queue_of_spills_is_bounded() -> None:
+    desk = Desk(dram=4, nvme=4, queue_depth=3)
+    entry = desk.layout()
+    desk.put(entry, *range(8))
+    assert len(desk.moves) == 3
+    desk.finish()
+    assert len(desk.moves) == 3
+
+
+def test_a_stored_block_comes_up_on_demand() -> None:
+    desk = stored_below()
+    entry = desk.layout()
+    assert desk.tiers(entry, 0, 1) == [2, 2]
+    lease = desk.acquire(entry, 0, 1)
+    assert not lease.answered and desk.kinds() == [LOAD, LOAD]
+    desk.finish(key=1)
+    assert desk.answers == []
+    desk.finish(key=0)
+    assert desk.answers == [lease] and lease.tiers == b"\2\2" and lease.stop == END
+    assert (desk.counters.nvme.hits, desk.counters.dram.hits) == (2, 0)
+    desk.release(lease)
+    assert desk.acquire(entry, 0, 1).tiers == b"\1\1", "the next finds them in DRAM"
+
+
+def test_a_load_in_flight_is_joined() -> None:
+    desk = stored_below()
+    entry = desk.layout()
+    first, second = desk.acquire(entry, 0), desk.acquire(entry, 0, 1)
+    assert desk.keys_of(desk.moves) == keys(0, 1)
+    desk.finish()
+    assert desk.answers == [first]
+    desk.finish()
+    assert desk.answers == [first, second] and len(second.blocks) == 2
+
+
+def test_a_prefetch_is_joined_and_counts_as_a_hit_on_nvme() -> None:
+    desk = stored_below()
+    entry = desk.layout()
+    assert desk.store.prefetch(entry, keys(0, 1, 9), desk.now) == 2
+    desk.look()
+    assert desk.kinds() == [MoveKind.PREFETCH] * 2
+    lease = desk.acquire(entry, 0, 1)
+    desk.finish_all()
+    assert lease.answered and lease.tiers == b"\2\2" and desk.counters.nvme.promoted == 2
+
+
+def test_who_does_not_wait_gets_what_is_there() -> None:
+    desk = stored_below()
+    entry = desk.layout()
+    lease = desk.acquire(entry, 0, 1, wait=False)
+    assert lease.answered and not lease.blocks and lease.stop == LATE
+    assert desk.kinds() == [LOAD, LOAD], "they come up all the same"
+    desk.finish_all()
+    assert len(desk.acquire(entry, 0, 1, wait=False).blocks) == 2
+
+
+def test_enough_is_answered_early() -> None:
+    desk = stored_below()
+    entry = desk.layout()
+    lease = desk.acquire(entry, 0, 1, 2, enough=1)
+    desk.finish(key=0)
+    assert desk.answers == [lease] and len(lease.blocks) == 1 and lease.stop == PENDING
+    assert desk.counters.asked == 1, "the others are counted when they are asked for again"
+
+
+def test_a_late_answer_is_what_is_ready() -> None:
+    desk = stored_below()
+    entry = desk.layout()
+    lease = desk.acquire(entry, 0, 1, 2)
+    desk.finish(key=0)
+    desk.finish(key=2)
+    desk.store.cut(lease, LATE)
+    assert len(lease.blocks) == 1 and lease.stop == LATE and desk.counters.misses == {"late": 2}
+    desk.finish_all()
+    desk.store.check()
+
+
+@pytest.mark.parametrize("outcome", [Outcome.CORRUPT, Outcome.FAILED])
+def test_a_load_that_fails_ends_the_prefix(outcome: Outcome) -> None:
+    desk = stored_below()
+    entry = desk.layout()
+    lease = desk.acquire(entry, 0, 1, 2)
+    desk.finish(key=1, outcome=outcome)
+    desk.finish(key=0)
+    assert lease.answered and len(lease.blocks) == 1 and lease.stop == FAILED
+    desk.release(lease)
+    desk.finish_all()
+    assert desk.tiers(entry, 1) == [0 if outcome is Outcome.CORRUPT else 2]
+
+
+def test_the_tail_gives_way_to_the_head() -> None:
+    """Blocks 2 and 3 of a prompt are in DRAM, 0 and 1 below, and other leases hold the rest: to
+    bring the head up the tail goes, because a tail without its head is worth nothing."""
+    desk = stored_below()
+    entry = desk.layout()
+    desk.put(entry, 9, 8)
+    held = desk.acquire(entry, 9, 8)
+    desk.store.prefetch(entry, keys(2, 3), desk.now)
+    desk.look()
+    desk.finish_all()
+    assert desk.tiers(entry, 0, 1, 2, 3) == [2, 2, 1, 1]
+    lease = desk.acquire(entry, 0, 1, 2, 3)
+    desk.finish_all()
+    assert lease.answered and len(lease.blocks) == 2 and lease.stop == NO_ROOM
+    assert desk.tiers(entry, 2, 3) == [2, 2] and desk.release(held)
+
+
+def test_what_is_faster_computed_is_not_loaded() -> None:
+    desk = stored_below(dram=2, blocks=8)
+    entry = desk.layout()
+    lease = desk.acquire(entry, 0, 1, 2)
+    for _ in range(3):
+        desk.now += 1.0
+        desk.finish()
+    assert desk.store.placement.load_bytes_per_s == PAGE, "a page a second"
+    desk.release(lease)
+    slow = desk.acquire(entry, 3, 4, tokens_per_s=17.0)
+    assert slow.answered and slow.stop == TOO_SLOW and not slow.blocks
+    assert not desk.acquire(entry, 3, 4, tokens_per_s=15.0).answered
+
+
+# -- devices -----------------------------------------------------------------------------------
+
+
+def test_a_failing_device_is_fenced_and_probed_back() -> None:
+    desk = stored_below()
+    entry = desk.layout()
+    lease = desk.acquire(entry, 0, 1, 2)
+    for _ in range(3):
+        desk.finish(outcome=Outcome.FAILED)
+    assert lease.answered and not lease.blocks
+    assert not desk.store.placement.health.ok and desk.tiers(entry, 0) == [0]
+    assert desk.acquire(entry, 0).stop == ABSENT and desk.moves == []
+    assert desk.put(entry, 5) == 1, "DRAM alone goes on"
+    assert desk.moves == []
+    for seconds, outcome in ((1.0, Outcome.FAILED), (2.0, Outcome.DONE)):
+        desk.now += seconds
+        desk.store.tick(desk.now)
+        desk.look()
+        assert desk.kinds() == [PROBE]
+        desk.finish(outcome=outcome)
+    assert desk.store.placement.health.ok and desk.tiers(entry, 0) == [2]
+    assert desk.keys_of(desk.moves) == keys(5), "what was put meanwhile is copied now"
+
+
+def test_verify_drops_what_is_damaged() -> None:
+    desk = stored_below()
+    entry = desk.layout()
+    for number in (0, 1):
+        assert desk.store.placement.verify(entry.index[keys(number)[0]])
+    assert not desk.store.placement.verify(entry.index[keys(1)[0]]), "one check at a time"
+    desk.look()
+    desk.finish(key=0)
+    desk.finish(key=1, outcome=Outcome.CORRUPT)
+    assert desk.tiers(entry, 0, 1, 2) == [2, 0, 2]
+    assert desk.counters.nvme.corrupt == 1 and desk.counters.nvme.evicted == {"corrupt": 1}
+    desk.store.check()
