@@ -6,8 +6,11 @@ arrays, not an object. Rows of forgotten blocks are used again. Deciding is the 
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections.abc import Sequence
+
+import numpy as np
 
 from kvstore.types import SLOT_ALIGNMENT, Layout
 
@@ -37,6 +40,42 @@ class LayoutEntry:
         self.index: dict[bytes, int] = {}  # block hash -> id
 
 
+class Sums:
+    """The checksums of each block's shards, by row; None while they are not known.
+
+    A block of one shard, the usual case, costs eight bytes here and not an object of its own.
+    """
+
+    def __init__(self) -> None:
+        self._single = array("Q")  # 0: none, or among the others
+        self._others: dict[int, bytes] = {}
+
+    def __getitem__(self, row: int) -> bytes | None:
+        single = self._single[row]
+        return single.to_bytes(8, "little") if single else self._others.get(row)
+
+    def __setitem__(self, row: int, sums: bytes | None) -> None:
+        self._others.pop(row, None)
+        self._single[row] = 0
+        if sums is not None and len(sums) == 8 and any(sums):
+            self._single[row] = int.from_bytes(sums, "little")
+        elif sums is not None:
+            self._others[row] = sums
+
+    def extend(self, sums: Sequence[bytes | None]) -> None:
+        """Rows at the end."""
+        first = len(self._single)
+        self._single.extend(array("Q", bytes(8 * len(sums))))
+        if {len(one) for one in sums if one is not None} == {8} and all(sums):
+            packed = array("Q", b"".join(one for one in sums if one is not None))
+            if sys.byteorder == "big":
+                packed.byteswap()
+            self._single[first:] = packed
+            return
+        for row, one in enumerate(sums, first):
+            self[row] = one
+
+
 class Catalog:
     """Rows of blocks. `keys[id]` is None for an unused row."""
 
@@ -48,7 +87,7 @@ class Catalog:
         self.dram = array("I")  # page of its DRAM slot
         self.nvme = array("I")  # page of its NVMe slot
         self.pins = array("I")  # read leases, and moves out of its DRAM slot
-        self.sums: list[bytes | None] = []  # checksums of its shards, once known
+        self.sums = Sums()
         self._unused: list[int] = []
         self._dropped: list[int] = []  # unused rows that somebody may still remember
 
@@ -83,7 +122,7 @@ class Catalog:
             self.dram.append(NOWHERE)
             self.nvme.append(NOWHERE)
             self.pins.append(0)
-            self.sums.append(None)
+            self.sums.extend([None])
         entry.index[key] = block
         return block
 
@@ -114,21 +153,24 @@ class Catalog:
             self._dropped = []
 
     def load(
-        self,
-        entry: LayoutEntry,
-        keys: Sequence[bytes],
-        offsets: Sequence[int],
-        sums: Sequence[bytes],
+        self, entry: LayoutEntry, keys: list[bytes], offsets: list[int], sums: list[bytes]
     ) -> list[int]:
-        """Rows for many blocks stored on NVMe, at once: a restart's way in. Keys must be new."""
+        """Rows for many blocks stored on NVMe, at once: a restart's way in. Keys must be new.
+
+        Offsets and sums are used up: the lists are empty afterwards, and with a million blocks
+        their memory serves what is built next.
+        """
         first, count = len(self.keys), len(keys)
-        rows = list(range(first, first + count))  # the same objects for all who remember them
+        pages = np.asarray(offsets, np.uint64) // SLOT_ALIGNMENT
+        self.nvme.extend(array("I", pages.astype(np.uint32).tobytes()))
+        offsets.clear()
+        self.sums.extend(sums)
+        sums.clear()
         self.keys.extend(keys)
         self.layout.extend(array("H", [entry.number]) * count)
         self.flags.extend(bytes([STORED]) * count)
         self.dram.extend(array("I", [NOWHERE]) * count)
-        self.nvme.extend(array("I", (offset // SLOT_ALIGNMENT for offset in offsets)))
         self.pins.extend(array("I", bytes(4 * count)))
-        self.sums.extend(sums)
+        rows = list(range(first, first + count))  # the same objects for all who remember them
         entry.index.update(zip(keys, rows, strict=True))
         return rows

@@ -1,4 +1,4 @@
-"""The NVMe tier of one tenant as a device that may be missing: files and index, opened when possible.
+"""The NVMe tier of one tenant as a device that may be missing: files and index, opened if possible.
 
 At the start, or at a later probe, the files are opened; until then every operation fails, the store
 fences the tier, and the daemon serves from DRAM alone.
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import structlog
 
 from kvstore.catalog import LayoutEntry
@@ -109,33 +110,28 @@ class Disk:
 def adopt(store: Store, index: Index, loaded: Loaded, tenant: str, now: float) -> int:
     """Seat the blocks that the index knows; returns how many can be served.
 
-    Blocks that cannot be seated, or whose layout is no layout, are dropped from the index.
+    Blocks that cannot be seated, or whose layout is no layout, are dropped from the index. What was
+    loaded is used up: with a million blocks its memory is wanted back before more is built.
     """
     store.placement.sequence = max(store.placement.sequence, loaded.last_sequence)
-    by_layout: dict[int, list[int]] = {}
-    for at, number in enumerate(loaded.layout_numbers):
-        by_layout.setdefault(number, []).append(at)
-    served = 0
-    for number in sorted(by_layout):
-        rows = by_layout[number]
-        layout = _layout(loaded.layouts.get(number))
-        if layout is None or not store.room.nvme.fits(layout.slot_bytes):
-            for at in rows:
-                index.delete(loaded.offsets[at])
-            log.warning("blocks of an unusable layout dropped", tenant=tenant, blocks=len(rows))
+    served, total = 0, len(loaded.offsets)
+    numbers = np.asarray(loaded.layout_numbers, np.int64)
+    layouts = {n: _layout(loaded.layouts.get(n)) for n in np.unique(numbers).tolist()}
+    fits = _slab_fits(store, numbers, np.asarray(loaded.offsets, np.int64), layouts)
+    for number, layout in layouts.items():
+        mine = np.flatnonzero(numbers == number)
+        bad = mine[~fits[mine]].tolist()
+        rows: Sequence[int] = mine[fits[mine]].tolist()
+        for at in bad:
+            index.delete(loaded.offsets[at])
+        if layout is None:
+            log.warning("blocks of an unusable layout dropped", tenant=tenant, blocks=len(bad))
             continue
         entry = store.catalog.open(layout)
-        wanted = _new_rows(entry, layout, loaded, rows, index)
-        good = store.adopt(
-            layout,
-            [loaded.hashes[at] for at in wanted],
-            [loaded.offsets[at] for at in wanted],
-            [loaded.sums[at] for at in wanted],
-            now,
-        )
+        rows = _new_rows(entry, layout, loaded, rows, index)
         index.put_layout(entry.number, describe(layout))
         if entry.number != number:
-            for at in wanted:
+            for at in rows:
                 index.put(
                     loaded.offsets[at],
                     entry.number,
@@ -143,24 +139,49 @@ def adopt(store: Store, index: Index, loaded: Loaded, tenant: str, now: float) -
                     loaded.hashes[at],
                     loaded.sums[at],
                 )
-        served += good
+        if len(rows) == total:
+            loaded.layout_numbers.clear()
+            loaded.sequences.clear()
+            served += store.adopt(layout, loaded.hashes, loaded.offsets, loaded.sums, now)
+            break
+        keys, offsets = [loaded.hashes[at] for at in rows], [loaded.offsets[at] for at in rows]
+        served += store.adopt(layout, keys, offsets, [loaded.sums[at] for at in rows], now)
     log.info(
         "NVMe index loaded",
         tenant=tenant,
         blocks=served,
-        dropped=len(loaded.offsets) - served,
+        dropped=total - served,
         damaged=loaded.damaged,
     )
     return served
 
 
+def _slab_fits(store: Store, numbers: Any, offsets: Any, layouts: dict[int, Layout | None]) -> Any:
+    """For each record whether its slot has the size that its slab serves: that of the youngest
+    record in the slab, which is the last here. Records of an earlier size were overwritten."""
+    slots = store.room.nvme
+    usable = {n: layout.slot_bytes for n, layout in layouts.items() if layout is not None}
+    sizes = np.zeros(len(numbers), np.int64)
+    for number, slot_bytes in usable.items():
+        if slots.fits(slot_bytes):
+            sizes[numbers == number] = slot_bytes
+    slabs = offsets // slots.slab_bytes
+    served = np.zeros(int(slabs.max(initial=0)) + 1, np.int64)
+    known = sizes > 0
+    served[slabs[known]] = sizes[known]
+    return known & (served[slabs] == sizes)
+
+
 def _new_rows(
     entry: LayoutEntry, layout: Layout, loaded: Loaded, rows: Sequence[int], index: Index
-) -> list[int]:
+) -> Sequence[int]:
     """Rows whose block is not here already and whose record has a sum for each shard."""
+    sum_bytes = 8 * layout.shards
+    if not entry.index and set(map(len, loaded.sums)) <= {sum_bytes}:
+        return rows
     wanted = []
     for at in rows:
-        if loaded.hashes[at] not in entry.index and len(loaded.sums[at]) == 8 * layout.shards:
+        if loaded.hashes[at] not in entry.index and len(loaded.sums[at]) == sum_bytes:
             wanted.append(at)
         else:
             index.delete(loaded.offsets[at])

@@ -13,6 +13,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from kvstore.types import SLOT_ALIGNMENT
 
 NOBODY = 0xFFFFFFFF
@@ -96,29 +98,33 @@ class Slots:
     def adopt(self, slots: Sequence[int], slot_bytes: int, owners: Sequence[int]) -> list[bool]:
         """Seat owners in given slots, as found after a restart. False where that cannot be: the
         slot lies outside, crosses a slab of another size, or is taken."""
-        pages = slot_bytes // SLOT_ALIGNMENT
-        seated: list[bool] = []
-        touched: set[int] = set()
-        for slot, owner in zip(slots, owners, strict=True):
-            slab, page = divmod(slot, self.slab_pages)
-            place, off = divmod(page, pages)
-            good = slab < self.slab_count and not off and place < self.slab_bytes // slot_bytes
-            if good and self._size[slab] == 0:
+        count = self.slab_bytes // slot_bytes
+        slabs, pages = np.divmod(np.asarray(slots, np.int64), self.slab_pages)
+        places, off = np.divmod(pages, slot_bytes // SLOT_ALIGNMENT)
+        good = (slabs < self.slab_count) & (off == 0) & (places < count)
+        sizes = np.asarray(self._size)[np.minimum(slabs, self.slab_count - 1)]
+        good &= (sizes == 0) | (sizes == slot_bytes)
+        first = np.zeros(len(slabs), bool)  # of several owners of one slot the first is seated
+        first[np.unique(slabs * count + places, return_index=True)[1]] = True
+        good &= first
+        everyone = np.asarray(owners, np.uint32)
+        for slab in np.unique(slabs[good]).tolist():
+            mine = np.flatnonzero(good & (slabs == slab))
+            if not self._size[slab]:
                 self._assign(slab, slot_bytes)
-            good = good and self._size[slab] == slot_bytes
-            if good and self._owners[slab][place] == NOBODY:
-                self._owners[slab][place] = owner
-                self.used_bytes += slot_bytes
-                touched.add(slab)
-                seated.append(True)
-            else:
-                seated.append(False)
-        for slab in touched:
-            seats = self._owners[slab]
-            self._free[slab] = [p for p in range(len(seats) - 1, -1, -1) if seats[p] == NOBODY]
+            seats = np.asarray(self._owners[slab])
+            taken = seats[places[mine]] != NOBODY
+            good[mine[taken]] = False
+            mine = mine[~taken]
+            seats = seats.copy()
+            seats[places[mine]] = everyone[mine]
+            self._owners[slab] = array("I", seats.tobytes())
+            self.used_bytes += len(mine) * slot_bytes
+            self._free[slab] = np.flatnonzero(seats == NOBODY)[::-1].tolist()
             if not self._free[slab]:
                 self._open[slot_bytes].pop(slab, None)
         self._unassigned = [s for s in range(self.slab_count - 1, -1, -1) if not self._size[s]]
+        seated: list[bool] = good.tolist()
         return seated
 
     def slab_of(self, slot: int) -> int:
