@@ -1,4 +1,4 @@
-"""The policy protocol: which resident blocks are worth least. It names them; who asked lets them go."""
+"""The policy protocol: which resident blocks are worth least. It names them, no more."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Protocol
 class Policy(Protocol):
     """An order of worth over the keys resident in one tier for one slot size.
 
-    Keys are the small integers by which the catalog knows blocks. Lists of keys come in prefix order:
-    each block follows the one that it depends on, so within one list the last is worth least.
+    Keys are the small integers by which the catalog knows blocks. Lists of keys come in prefix
+    order: each block follows the one that it depends on, so in one list the last is worth least.
     """
 
     def admit(self, keys: Sequence[int], now: float) -> None:

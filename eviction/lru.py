@@ -1,4 +1,4 @@
-"""Least recently used, leaf first: the block idle for longest goes, and of one request its last block.
+"""Least recently used, leaf first: the block idle for longest goes; of a request, its last block.
 
 Not for scans larger than the tier (each block leaves just before it is asked for again) and not for
 mixes where few blocks return: there a policy that learns reuse keeps more.

@@ -1,4 +1,4 @@
-"""Private daemons for the benchmark: started on temporary folders, watched from outside, removed."""
+"""Private daemons for the benchmark: on temporary folders, watched from outside, removed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvstore.errors import InternalError, Unavailable
 from kvstore.hands import describe
 from kvstore.index import Index
 from kvstore.tiers.nvme import NvmeFiles
-from kvstore.types import MIB, Layout
+from kvstore.types import Layout
 
 START_TIMEOUT_S = 60.0
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")

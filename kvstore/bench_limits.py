@@ -1,9 +1,8 @@
-"""This host's own limits, measured beside ours in the same run: memcpy, O_DIRECT I/O, empty gRPC."""
+"""This host's own limits, measured beside ours in one run: memcpy, O_DIRECT I/O, empty gRPC."""
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import mmap
 import os

@@ -1,4 +1,4 @@
-"""Keeps the event loop awake for a moment after each request, so that the next one finds it awake."""
+"""Keeps the event loop awake for a moment after each request: the next one finds it so."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from kvstore.spin import Spin
 
 
 class BusyPoll:
-    """One for each loop. While it spins, the loop looks for events without sleeping, and serves them
-    all in turn; nothing else is held up."""
+    """One for each loop. While it spins, the loop looks for events without sleeping, and serves
+    them all in turn; nothing else is held up."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, window_s: float) -> None:
         self._loop = loop

@@ -17,7 +17,7 @@
     +-- SessionLost               the session ended; what it held is void
     +-- InternalError             a defect of ours
 
-A miss is not an error. Every message says what happened, which thing it happened to, and what to do.
+A miss is not an error. Every message says what happened, to which thing, and what to do now.
 """
 
 from __future__ import annotations

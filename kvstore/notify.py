@@ -1,4 +1,4 @@
-"""What systemd is told (sd_notify): ready, stopping, alive. Nothing happens where it does not ask."""
+"""What systemd is told (sd_notify): ready, stopping, alive. Nothing, where it does not ask."""
 
 from __future__ import annotations
 

@@ -54,15 +54,11 @@ class Reads:
         lease.asked = len(keys)
         lease.tokens_per_s = tokens_per_s
         lease.context = context
-        flags, pins, get = self.catalog.flags, self.catalog.pins, entry.index.get
-        blocks, seen = lease.blocks, 0
-        for key in keys:
-            block = get(key)
-            if block is None or not flags[block] & READY:
-                break
-            seen |= flags[block]
+        blocks, seen = self._resident(entry, keys)
+        lease.blocks = blocks
+        pins = self.catalog.pins
+        for block in blocks:
             pins[block] += 1
-            blocks.append(block)
         lease.ready = len(blocks)
         lease.stop = END
         if lease.ready < len(keys):
@@ -74,6 +70,22 @@ class Reads:
         if lease.ready >= lease.enough:
             self._answer(lease, PENDING if lease.ready < len(blocks) else lease.stop)
         return lease
+
+    def _resident(self, entry: LayoutEntry, keys: Sequence[bytes]) -> tuple[list[int], int]:
+        """The blocks of the longest prefix that is in DRAM, and the flags of any of them."""
+        flags, get = self.catalog.flags, entry.index.get
+        blocks = list(map(get, keys))
+        if None not in blocks:  # the usual case, without a step of the interpreter for each block
+            kinds = set(map(flags.__getitem__, blocks))  # type: ignore[arg-type]
+            if all(kind & READY for kind in kinds):
+                return blocks, FRESH if any(kind & FRESH for kind in kinds) else 0  # type: ignore[return-value]
+        seen, prefix = 0, []
+        for block in blocks:
+            if block is None or not flags[block] & READY:
+                break
+            seen |= flags[block]
+            prefix.append(block)
+        return prefix, seen
 
     def note(self, blocks: list[int]) -> None:
         """Blocks of one layout were used, in prefix order; the policies hear of it later."""

@@ -11,8 +11,8 @@ import asyncio
 import dataclasses
 import time
 from array import array
-from collections.abc import Callable, Iterable
-from struct import iter_unpack
+from collections.abc import Callable, Iterable, Sequence
+from struct import unpack
 from typing import Any, Protocol
 
 import structlog
@@ -343,7 +343,7 @@ class Service:
     def _now(self) -> float:
         return self._loop.time()
 
-    def _keys(self, packed: Any, *, distinct: bool = False) -> tuple[LayoutEntry, list[bytes]]:
+    def _keys(self, packed: Any, *, distinct: bool = False) -> tuple[LayoutEntry, Sequence[bytes]]:
         """The layout and the hashes of a request; raises what is wrong with them."""
         layouts = self.store.catalog.layouts
         if packed.layout >= len(layouts):
@@ -361,7 +361,7 @@ class Service:
             raise TooLarge(
                 f"{count} keys in one call: at most {self.keys_per_call} are taken; split the list"
             )
-        keys = [key for (key,) in iter_unpack(f"{size}s", hashes)]
+        keys = unpack(f"{size}s" * count, hashes)
         if distinct and len(set(keys)) != count:
             raise InvalidKeys("a hash comes twice in one list: give each block once")
         return layouts[packed.layout], keys

@@ -1,8 +1,9 @@
 """Whether it pays to poll for a moment before sleeping. Shared by both ends of the hatch.
 
-Waking a sleeping processor takes from a few to hundreds of microseconds, far more than a call itself.
-So an end that expects the other soon looks again and again for a short window, and sleeps only then.
-Where that does not help, because the other end is slower or both share one core, it learns not to.
+Waking a sleeping processor takes from a few to hundreds of microseconds, far more than a call
+itself. So an end that expects the other soon looks again and again for a short window, and sleeps
+only then. Where that does not help, because the other end is slower or both share one core, it
+learns not to.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ NEW, PRESENT, REFUSED = 0, 1, 2  # the answer for each key, as on the wire
 class Reserved:
     """The outcome of reserve: for each key a status, and for each new one the page of its slot.
 
-    `chain` are the blocks that were there, and those of the context. `waiting` says that nothing was
-    to be had but room will come: park the request and try again.
+    `chain` are the blocks that were there, and those of the context. `waiting` says that nothing
+    was to be had but room will come: park the request and try again.
     """
 
     status: bytes

@@ -1,4 +1,4 @@
-"""The whole check, cheapest step first: format, lint, types, tests. Stops at the first that fails."""
+"""The whole check, cheapest step first: format, lint, types, tests. Stops where one fails."""
 
 from __future__ import annotations
 

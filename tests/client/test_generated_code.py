@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+SCHEMA = "kvstore/protos/kvstore.proto"
 NAMES = ("kvstore_pb2.py", "kvstore_pb2.pyi", "kvstore_pb2_grpc.py")
 
 
@@ -22,7 +23,7 @@ def test_generated_code_is_up_to_date(tmp_path: Path) -> None:
             "grpc_tools.protoc",
             "-I.",
             *outputs,
-            "kvstore/protos/kvstore.proto",
+            SCHEMA,
         ],
         cwd=ROOT,
         check=True,

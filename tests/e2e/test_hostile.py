@@ -338,7 +338,7 @@ def test_who_does_not_read_answers_is_cut_off(visitor: Stranger, shared: Daemon)
         with pytest.raises((BrokenPipeError, ConnectionError)):
             for _ in range(200):
                 other.socket.sendall(requests)
-    assert "it does not read its answers" in shared.log()
+    wait_for(lambda: "it does not read its answers" in shared.log(), "the daemon to say why")
 
 
 # -- the front door alone ----------------------------------------------------------------------
@@ -428,7 +428,8 @@ def test_no_descriptors_left(make_daemon: MakeDaemon) -> None:
     assert daemon.process is not None
     pid = daemon.process.pid
     used = len(os.listdir(f"/proc/{pid}/fd"))
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 20, used + 20))
+    hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)[1]
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 20, hard))
     strangers = [RawHatch(daemon.socket()) for _ in range(40)]
     wait_for(lambda: "cannot accept a client" in daemon.log(), "the daemon to run out")
     for _ in range(200):

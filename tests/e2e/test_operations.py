@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import shutil
 import signal
@@ -119,8 +120,6 @@ def test_a_stop_that_cannot_write_everything_ends(make_daemon: MakeDaemon) -> No
 def _late(daemon: Daemon) -> bool:
     """Whether the time to drain is over: the workers have been told to end, and hang."""
     line = lines(daemon, "stopping")[-1]
-    import datetime
-
     stamp = datetime.datetime.fromisoformat(line["timestamp"])
     age = datetime.datetime.now(datetime.UTC) - stamp
     return age.total_seconds() > 0.8

@@ -11,11 +11,11 @@ import pytest
 
 from kvstore.client import Cache
 from kvstore.errors import KVStoreError, Unavailable
-from tests.e2e.conftest import MakeDaemon
 from tests.e2e.harness import Daemon, content, contents, hashes, layout, targets, wait_for
 
 SIZE = 16 << 10
 THREADS = 16
+CHAINS = 8  # of blocks that are to be found on NVMe: one for each test of them
 
 
 def together(count: int, work: Callable[[int], None]) -> None:
@@ -83,27 +83,43 @@ def test_one_block_for_all(shared: Daemon, door: str) -> None:
         assert cache.forget(keys) == 32
 
 
-@pytest.fixture
-def cold(make_daemon: MakeDaemon) -> Iterator[Daemon]:
-    """A daemon with 20 blocks that are on NVMe alone, where reads can be held up."""
-    daemon = make_daemon()
+@pytest.fixture(scope="module")
+def gated() -> Iterator[Daemon]:
+    """A daemon that was started again, so that its chains are on NVMe alone, where reads can be
+    held up."""
+    daemon = Daemon()
     daemon.gated = True
     daemon.start()
-    keys = hashes(20, "cold")
     with daemon.client() as client:
-        client.open(layout("cold", shard_bytes=SIZE)).put(keys, contents(keys, SIZE))
+        for chain in range(CHAINS):
+            keys = hashes(20, f"cold {chain}")
+            client.open(layout("cold", shard_bytes=SIZE)).put(keys, contents(keys, SIZE))
     daemon.stop()
     daemon.start()
     yield daemon
+    daemon.dispose()
 
 
-def waiting(cache: Cache, deadline_s: float) -> tuple[threading.Thread, list[object]]:
+@pytest.fixture(scope="module")
+def chains() -> Iterator[int]:
+    return iter(range(CHAINS))
+
+
+@pytest.fixture
+def cold(gated: Daemon, chains: Iterator[int]) -> tuple[Daemon, list[bytes]]:
+    """That daemon, and a chain of 20 blocks that nobody has asked for yet."""
+    if gated.process is None:  # the test before killed it
+        gated.start()
+    return gated, hashes(20, f"cold {next(chains)}")
+
+
+def waiting(cache: Cache, keys: list[bytes]) -> tuple[threading.Thread, list[object]]:
     """A thread that waits in an acquire, and where its outcome will be."""
     outcome: list[object] = []
 
     def acquire() -> None:
         try:
-            outcome.append(cache.acquire(hashes(20, "cold"), deadline_s=deadline_s))
+            outcome.append(cache.acquire(keys, deadline_s=30))
         except KVStoreError as error:
             outcome.append(error)
 
@@ -112,13 +128,14 @@ def waiting(cache: Cache, deadline_s: float) -> tuple[threading.Thread, list[obj
     return thread, outcome
 
 
-def test_who_waits_keeps_nobody_waiting(cold: Daemon, door: str) -> None:
-    cache = cold.client(door).open(layout("cold", shard_bytes=SIZE))
+def test_who_waits_keeps_nobody_waiting(cold: tuple[Daemon, list[bytes]], door: str) -> None:
+    daemon, keys = cold
+    cache = daemon.client(door).open(layout("cold", shard_bytes=SIZE))
     warm = hashes(5, "warm")
     cache.put(warm, contents(warm, SIZE))
-    with cold.hold("read"):
-        thread, outcome = waiting(cache, 30)
-        wait_for(lambda: cold.stats().moves.loads == 20, "the loads to be ordered")
+    with daemon.hold("read"):
+        thread, outcome = waiting(cache, keys)
+        wait_for(lambda: daemon.stats().moves.loads == 20, "the loads to be ordered")
         times = []
         for _ in range(100):
             started = time.monotonic()
@@ -132,50 +149,54 @@ def test_who_waits_keeps_nobody_waiting(cold: Daemon, door: str) -> None:
     grant = outcome[0]
     assert not isinstance(grant, Exception)
     assert (grant.length, dict(grant.tiers)) == (20, {"nvme": 20})  # type: ignore[attr-defined]
-    assert [bytes(grant.view(at)) for at in range(20)] == contents(hashes(20, "cold"), SIZE)  # type: ignore[attr-defined]
+    assert [bytes(grant.view(at)) for at in range(20)] == contents(keys, SIZE)  # type: ignore[attr-defined]
     assert grant.release()  # type: ignore[attr-defined]
 
 
-def test_a_deadline_that_comes_before_the_load(cold: Daemon, door: str) -> None:
+def test_a_deadline_that_comes_before_the_load(cold: tuple[Daemon, list[bytes]], door: str) -> None:
     """Loading goes on without the caller, who asks again later and finds the blocks in memory."""
-    cache = cold.client(door).open(layout("cold", shard_bytes=SIZE))
-    keys = hashes(20, "cold")
-    with cold.hold("read"):
+    daemon, keys = cold
+    cache = daemon.client(door).open(layout("cold", shard_bytes=SIZE))
+    with daemon.hold("read"):
         started = time.monotonic()
         with cache.acquire(keys, deadline_s=0.1) as grant:
             assert (grant.length, grant.stop) == (0, "late")
         assert 0.1 <= time.monotonic() - started < 1.0
         assert cache.acquire(keys, deadline_s=0).stop == "late"
         assert cache.get(keys, targets(20, SIZE), deadline_s=0.05).length == 0
-        assert cold.stats().moves.loads == 20, "ordered once, not four times"
-        assert cold.stats().leases == 0
+        assert daemon.stats().moves.loads == 20, "ordered once, not four times"
+        assert daemon.stats().leases == 0
     wait_for(lambda: cache.lookup(keys).tiers["dram"] == 20, "the blocks to come up")
     into = targets(20, SIZE)
     assert cache.get(keys, into).length == 20
     assert [bytes(one) for one in into] == contents(keys, SIZE)
 
 
-def test_closing_wakes_who_waits(cold: Daemon, door: str) -> None:
-    client = cold.client(door)
+def test_closing_wakes_who_waits(cold: tuple[Daemon, list[bytes]], door: str) -> None:
+    daemon, keys = cold
+    client = daemon.client(door)
     cache = client.open(layout("cold", shard_bytes=SIZE))
-    with cold.hold("read"):
-        waiters = [waiting(cache, 30) for _ in range(4)]
-        wait_for(lambda: cold.stats().requests.acquire == 4, "all to wait")
+    before = daemon.stats().requests.acquire
+    with daemon.hold("read"):
+        waiters = [waiting(cache, keys) for _ in range(4)]
+        wait_for(lambda: daemon.stats().requests.acquire == before + 4, "all to wait")
         started = time.monotonic()
         client.close()
         for thread, outcome in waiters:
             thread.join(5)
             assert isinstance(outcome[0], Unavailable), outcome
         assert time.monotonic() - started < 2
-        wait_for(lambda: cold.stats().leases == 0, "their leases to end")
+        wait_for(lambda: daemon.stats().leases == 0, "their leases to end")
 
 
-def test_a_dying_daemon_wakes_who_waits(cold: Daemon, door: str) -> None:
-    cache = cold.client(door).open(layout("cold", shard_bytes=SIZE))
-    with cold.hold("read"):
-        waiters = [waiting(cache, 30) for _ in range(4)]
-        wait_for(lambda: cold.stats().requests.acquire == 4, "all to wait")
-        cold.kill()
+def test_a_dying_daemon_wakes_who_waits(cold: tuple[Daemon, list[bytes]], door: str) -> None:
+    daemon, keys = cold
+    cache = daemon.client(door).open(layout("cold", shard_bytes=SIZE))
+    before = daemon.stats().requests.acquire
+    with daemon.hold("read"):
+        waiters = [waiting(cache, keys) for _ in range(4)]
+        wait_for(lambda: daemon.stats().requests.acquire == before + 4, "all to wait")
+        daemon.kill()
         for thread, outcome in waiters:
             thread.join(5)
             assert isinstance(outcome[0], Unavailable), outcome

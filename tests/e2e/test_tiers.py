@@ -69,9 +69,9 @@ def test_one_grant_takes_what_fits(make_daemon: MakeDaemon, door: str) -> None:
     assert done == 200
 
 
-def test_prefetch_brings_blocks_up(make_daemon: MakeDaemon, door: str) -> None:
+def test_prefetch_brings_blocks_up(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon(dram=SMALL).start()
-    cache = daemon.client(door).open(layout("prefetch"))
+    cache = daemon.client().open(layout("prefetch"))
     keys = hashes(200, "prefetch")
     cache.put(keys, contents(keys, SIZE), deadline_s=20)
     cold = [at for at in range(200) if cache.lookup(keys[at : at + 1]).tiers["nvme"]]
@@ -83,18 +83,18 @@ def test_prefetch_brings_blocks_up(make_daemon: MakeDaemon, door: str) -> None:
     assert check(cache, first) == Counter(dram=10), "found in memory, not loaded for this request"
 
 
-def test_a_restart_serves_what_is_on_nvme(make_daemon: MakeDaemon, door: str) -> None:
+def test_a_restart_serves_what_is_on_nvme(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon(dram=SMALL).start()
     odd = layout("odd", shard_bytes=33_333, shards=2)
     keys, others = hashes(150, "restart"), hashes(20, "restart odd", size=64)
-    client = daemon.client(door)
+    client = daemon.client()
     client.open(layout("restart")).put(keys, contents(keys, SIZE), deadline_s=20)
     client.open(odd).put(others, contents(others, 66_666))
     client.close()
     for _ in range(2):
         daemon.stop()
         daemon.start()
-        client = daemon.client(door)
+        client = daemon.client()
         assert client.stats().tenants.default.tiers.nvme.blocks == 170
         assert check(client.open(layout("restart")), keys)["nvme"] >= 150 - IN_DRAM
         assert check(client.open(odd), others).total() == 20
@@ -122,6 +122,8 @@ def test_write_policies(make_daemon: MakeDaemon, policy: str) -> None:
         assert cache.lookup(keys).length < 60
     else:
         assert stats.tiers.nvme.blocks >= 60 + 120 - IN_DRAM
+        # Blocks in memory must be written before others can come up.
+        wait_for(lambda: cache.get(keys, targets(60, SIZE)).length == 60, "room")
         assert check(cache, keys).total() == 60
     daemon.stop()
     daemon.start()
@@ -133,12 +135,13 @@ def test_write_policies(make_daemon: MakeDaemon, policy: str) -> None:
         assert check(cache, keys[:10]) == Counter(nvme=10)
 
 
-def test_no_nvme_at_all(make_daemon: MakeDaemon, door: str) -> None:
+def test_no_nvme_at_all(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon(dram=SMALL, nvme=NONE).start()
-    client = daemon.client(door)
+    client = daemon.client()
     cache = client.open(layout("none"))
     keys = hashes(200, "none")
-    assert cache.put(keys, contents(keys, SIZE)).stored == 200
+    for part in (keys[:100], keys[100:]):
+        assert cache.put(part, contents(part, SIZE)).stored == 100
     stats = daemon.settled()
     assert stats.tiers.nvme.capacity_bytes == stats.tiers.nvme.blocks == 0
     assert stats.tiers.nvme.fenced is False
@@ -151,10 +154,10 @@ def test_no_nvme_at_all(make_daemon: MakeDaemon, door: str) -> None:
     assert cache.prefetch(there[:1]) == 0
 
 
-def test_slabs_change_hands(make_daemon: MakeDaemon, door: str) -> None:
+def test_slabs_change_hands(make_daemon: MakeDaemon) -> None:
     """Layouts of very different block sizes take the same memory in turn."""
     daemon = make_daemon(dram=SMALL).start()
-    client = daemon.client(door)
+    client = daemon.client()
     sizes = [4 * KIB, 64 * KIB, 100_001, 700_000, 1 * MIB]
     caches = [client.open(layout("slabs", shard_bytes=size)) for size in sizes]
     stored: list[tuple[Cache, list[bytes]]] = []
