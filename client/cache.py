@@ -95,7 +95,7 @@ class Cache:
         wait_s = self.client.timeout_s if deadline_s is None else _wait_s(deadline_s)
         end = time.monotonic() + wait_s
         outcome = bytearray([REFUSED]) * len(hashes)
-        stored = done = 0
+        lost = done = 0
         while done < len(hashes):
             # What is refused is the end of the list: it continues what has been stored by then.
             wait_s = min(DEADLINE_S, max(0.0, end - time.monotonic() - GRACE_S))
@@ -103,13 +103,14 @@ class Cache:
             status: bytes = reply.status
             new = [at for at, answer in enumerate(status, done) if answer == NEW]
             if new:
-                stored += self._fill(session, reply, [sources[at] for at in new], shard)
+                lost += len(new) - self._fill(session, reply, [sources[at] for at in new], shard)
             for at, answer in enumerate(status, done):
-                if outcome[at] == REFUSED:
+                if answer == NEW or outcome[at] == REFUSED:
                     outcome[at] = answer
             if REFUSED not in status or not new or time.monotonic() >= end:
                 break
             done += status.index(REFUSED)
+        stored = max(0, outcome.count(NEW) - lost)
         return PutResult(stored, outcome.count(PRESENT), outcome.count(REFUSED))
 
     def get(

@@ -313,7 +313,4 @@ class Wire:
 
     def _lost(self, error: OSError | None) -> SessionLost:
         self.close(str(error) if error else "the daemon closed it")
-        return SessionLost(
-            f"the connection to {self.path} has ended"
-            + (f": {error}" if error else ": the daemon closed it")
-        )
+        return SessionLost(f"the connection to {self.path} has ended: {self.dead}")

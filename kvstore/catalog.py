@@ -162,6 +162,7 @@ class Catalog:
         """
         first, count = len(self.keys), len(keys)
         pages = np.asarray(offsets, np.uint64) // SLOT_ALIGNMENT
+        pages = np.minimum(pages, NOWHERE)  # a damaged record's is not to point at another's
         self.nvme.extend(array("I", pages.astype(np.uint32).tobytes()))
         offsets.clear()
         self.sums.extend(sums)

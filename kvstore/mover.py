@@ -34,8 +34,8 @@ class Device(Tier, Protocol):
 class Mover:
     """Worker threads over one arena and one NVMe tier.
 
-    Spills and checks may occupy three quarters of the workers, so that a load never waits for a slow
-    write to end. The queue is bounded by whoever orders: the store has a bound on each kind.
+    Spills and checks may occupy three quarters of the workers, so that a load never waits for a
+    slow write to end. The queue is bounded by whoever orders: the store has a bound on each kind.
     """
 
     def __init__(

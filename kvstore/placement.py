@@ -88,7 +88,7 @@ class Placement:
         """Pin those of a chain's blocks that are in DRAM: room for its tail is not made at the cost
         of its head. They are to be unpinned by the caller."""
         flags, pins = self.catalog.flags, self.catalog.pins
-        held = [block for block in blocks if flags[block] & READY]
+        held = [block for block in dict.fromkeys(blocks) if flags[block] & READY]
         for block in held:
             pins[block] += 1
         return held

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import structlog
 
 from kvstore import types
-from kvstore.catalog import STORED, LayoutEntry
+from kvstore.catalog import LayoutEntry
 from kvstore.errors import (
     InvalidKeys,
     InvalidRequest,
@@ -32,11 +32,11 @@ from kvstore.protos import kvstore_pb2 as pb
 from kvstore.reads import LATE
 from kvstore.store import Store
 from kvstore.types import SLOT_ALIGNMENT, Layout
+from kvstore.verification import Verification
 from kvstore.writes import REFUSED, Reserved
 
 Answer = Callable[[Any], None]
 DEADLINE_S_MAX = 3_600.0
-VERIFY_IN_FLIGHT = 8
 PARKED_MAX = 4_096  # reserves that wait for room; more are answered at once
 
 log = structlog.get_logger()
@@ -82,16 +82,6 @@ class _Parked:
         self.timer: asyncio.TimerHandle | None = None
 
 
-class _Verification:
-    """A run of `verify`: blocks to check, and how far it has come."""
-
-    def __init__(self, blocks: list[int], answer: Answer) -> None:
-        self.blocks = blocks
-        self.answer = answer
-        self.in_flight: set[int] = set()
-        self.reply = pb.VerifyReply()
-
-
 class Service:
     """The service object of one tenant; both doors hold the same one."""
 
@@ -111,7 +101,7 @@ class Service:
         self._loop = asyncio.get_running_loop()
         self._reads: dict[ReadLease, tuple[Answer, asyncio.TimerHandle]] = {}
         self._reserves: list[_Parked] = []
-        self._verifications: list[_Verification] = []
+        self._verification = Verification(store)
         self._verbs: dict[int, tuple[Callable[[Session, Any, Answer], Any], Any]] = {
             pb.OPEN: (self._open, pb.OpenRequest),
             pb.LOOKUP: (self._lookup, pb.LookupRequest),
@@ -214,7 +204,7 @@ class Service:
             self.store.finished(move, outcome, now)
             self._tell_health(was_ok, problem)
             if move.kind is MoveKind.VERIFY:
-                self._verified(move.block, outcome)
+                self._verification.checked(move.block, outcome)
         self.settle()
 
     def tick(self) -> None:
@@ -331,11 +321,7 @@ class Service:
 
     def _verify(self, session: Session, request: Any, answer: Answer) -> Any:
         self.requests["verify"] += 1
-        flags = self.store.catalog.flags
-        stored = [block for block in range(len(flags)) if flags[block] & STORED]
-        run = _Verification(stored, answer)
-        self._verifications.append(run)
-        self._go_on(run)
+        self._verification.start(answer)
         return None
 
     # -- inside --------------------------------------------------------------------------------
@@ -479,25 +465,6 @@ class Service:
             )
         elif ok and not was_ok:
             log.warning("NVMe tier works again", tenant=self.info.tenant)
-
-    def _go_on(self, run: _Verification) -> None:
-        while run.blocks and len(run.in_flight) < VERIFY_IN_FLIGHT:
-            block = run.blocks.pop()
-            if self.store.placement.verify(block):
-                run.in_flight.add(block)
-            else:
-                run.reply.skipped += 1
-        if not run.in_flight:
-            self._verifications.remove(run)
-            run.answer(run.reply)
-
-    def _verified(self, block: int, outcome: Outcome) -> None:
-        for run in [run for run in self._verifications if block in run.in_flight]:
-            run.in_flight.remove(block)
-            run.reply.checked += outcome is not Outcome.FAILED
-            run.reply.skipped += outcome is Outcome.FAILED
-            run.reply.damaged += outcome is Outcome.CORRUPT
-            self._go_on(run)
 
 
 def _bounded(deadline_s: float) -> float:

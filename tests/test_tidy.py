@@ -39,7 +39,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "writes",
         ),
     ),
-    ("upper", ("config", "disk", "hands", "metrics", "mover", "service")),
+    ("upper", ("config", "disk", "hands", "metrics", "mover", "service", "verification")),
     (
         "roof",
         (
@@ -72,7 +72,7 @@ SEEN_BY_ROOM = {
     "protos": (),
     "client": ("protos", "errors", "paths", "spin", "types"),
 }
-BRAIN = ("catalog", "counters", "health", "leases", "orders", "placement", "reads", "retention")
+BRAIN: tuple[str, ...] = ("catalog", "counters", "health", "leases", "orders", "placement", "reads", "retention")
 BRAIN += ("room", "slots", "store", "writes")
 IMPURE = {"asyncio", "os", "random", "socket", "threading", "time", "datetime", "secrets", "lmdb"}
 

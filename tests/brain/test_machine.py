@@ -35,6 +35,7 @@ run_of_keys = st.builds(
     st.integers(0, KEYS - 1),
     st.integers(1, KEYS),
 )
+context_length = st.sampled_from([0, 0, 0, 1, 3])
 place = st.integers(0, 63)  # which of those that there are
 
 
@@ -123,12 +124,15 @@ class Machine(RuleBasedStateMachine):
         keys=run_of_keys,
         shard=st.none() | st.integers(0, 2),
         force=st.booleans(),
+        skip=context_length,
     )
     def reserve(
-        self, who: int, what: int, keys: list[bytes], shard: int | None, force: bool
+        self, who: int, what: int, keys: list[bytes], shard: int | None, force: bool, skip: int
     ) -> None:
-        session = _one(self.world.sessions, who)
-        self.world.reserve(session, self.layout(what), keys, shard=shard, force=force)
+        session, layout = _one(self.world.sessions, who), self.layout(what)
+        self.world.reserve(
+            session, layout, keys[skip:], shard=shard, force=force, context=keys[:skip]
+        )
 
     @precondition(lambda self: self.world.sessions)
     @rule(who=place, what=place, keys=run_of_keys)
@@ -153,13 +157,31 @@ class Machine(RuleBasedStateMachine):
         wait=st.booleans(),
         enough=st.integers(0, 3),
         speed=st.sampled_from(SPEEDS),
+        skip=context_length,
+        twice=st.booleans(),
     )
     def acquire(
-        self, who: int, what: int, keys: list[bytes], wait: bool, enough: int, speed: float
+        self,
+        who: int,
+        what: int,
+        keys: list[bytes],
+        wait: bool,
+        enough: int,
+        speed: float,
+        skip: int,
+        twice: bool,
     ) -> None:
         session = _one(self.world.sessions, who)
+        if twice:  # senseless, but a client may do it
+            keys = keys[:2] + keys
         self.world.acquire(
-            session, self.layout(what), keys, wait=wait, enough=enough, tokens_per_s=speed
+            session,
+            self.layout(what),
+            keys[skip:],
+            wait=wait,
+            enough=enough,
+            tokens_per_s=speed,
+            context=keys[:skip],
         )
 
     @precondition(lambda self: self.world.readers)
@@ -263,8 +285,36 @@ def _ops(world: World, chance: random.Random) -> dict[str, tuple[int, Callable[[
         start = chance.choice((0, 0, 0, chance.randrange(KEYS)))
         return [key_of(at % KEYS) for at in range(start, start + chance.randint(1, KEYS))]
 
+    def split() -> tuple[list[bytes], list[bytes]]:
+        """Keys that a request continues, and those that it is about."""
+        there, skip = keys(), chance.choice((0, 0, 0, 1, 3))
+        there = there[:2] * (chance.random() < 0.05) + there
+        return there[:skip], there[skip:]
+
+    def reserve(client: Session, shard: int | None) -> None:
+        context, there = split()
+        world.reserve(
+            client,
+            layout,
+            list(dict.fromkeys(there)),
+            shard=shard,
+            force=chance.random() < 0.3,
+            context=context,
+        )
+
+    def acquire(client: Session) -> None:
+        context, there = split()
+        world.acquire(
+            client,
+            layout,
+            there,
+            wait=chance.random() < 0.8,
+            enough=chance.choice((0, 0, 0, 0, 0, 1, 2)),
+            tokens_per_s=chance.choice(SPEEDS),
+            context=context,
+        )
+
     layout = chance.randrange(len(world.entries))
-    some = (0, 0, 0, 0, 0, 1, 2)
     ops: dict[str, tuple[int, Callable[[], object]]] = {
         "attach": (2, world.attach),
         "prefetch": (3, lambda: world.prefetch(layout, keys())),
@@ -285,23 +335,8 @@ def _ops(world: World, chance: random.Random) -> dict[str, tuple[int, Callable[[
         ops |= {
             "detach": (chance.random() < 0.4, lambda: world.detach(client)),
             "put": (10, lambda: _put(world, client, layout, keys())),
-            "reserve": (
-                8,
-                lambda: world.reserve(
-                    client, layout, keys(), shard=shard, force=chance.random() < 0.3
-                ),
-            ),
-            "acquire": (
-                14,
-                lambda: world.acquire(
-                    client,
-                    layout,
-                    keys(),
-                    wait=chance.random() < 0.8,
-                    enough=pick(list(some)),
-                    tokens_per_s=pick(list(SPEEDS)),
-                ),
-            ),
+            "reserve": (8, lambda: reserve(client, shard)),
+            "acquire": (14, lambda: acquire(client)),
         }
     if world.ghosts:
         ops["unquarantine"] = (2, lambda: world.unquarantine(pick(world.ghosts)))

@@ -420,6 +420,8 @@ def test_a_record_of_somebody_else_is_not_deleted() -> None:
     )
     desk.look()
     assert found == 0 and desk.index == {99: None} and desk.tiers(entry, 1, 2, 3) == [1, 0, 0]
+    desk.store.adopt(entry.layout, keys(4), [(1 << 32) * PAGE], [b"4"], desk.now)
+    assert desk.tiers(entry, 4) == [0], "a damaged offset is not taken modulo the largest"
     desk.store.check()
 
 
@@ -454,6 +456,23 @@ def test_a_prefix_that_finds_no_room_is_not_tried_at_every_length() -> None:
     tried = _count(desk.store.room, "_pick")
     lease = desk.acquire(entry, *range(800))
     assert lease.answered and not lease.blocks and tried == [1]
+
+
+def test_a_context_that_names_a_block_twice_is_let_go() -> None:
+    """A client repeated a key in the part of a list that it had already. To make room the store let
+    one of the two holds on that block go and forgot the other: the block could never leave again.
+    Now a block of a chain is held once."""
+    desk = stored_below()
+    entry = desk.layout()
+    desk.store.prefetch(entry, keys(0, 1, 2, 3), desk.now)
+    desk.look()
+    desk.finish_all()
+    desk.store.adopt(entry.layout, keys(9), [8 * PAGE], [b"9"], desk.now)
+    again = keys(0, 0, 1, 1, 2, 2, 3, 3)
+    desk.store.acquire(desk.client, entry, keys(9), desk.now, context=again)
+    desk.look()
+    desk.finish_all()
+    desk.store.check()
 
 
 def _count(thing: object, name: str) -> list[int]:

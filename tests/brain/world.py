@@ -94,10 +94,9 @@ class World(Books):
             keys.append(name[1])
             offsets.append(at * pages * PAGE)
             sums.append(sums_of(content))
+            self.index[at * pages] = IndexPut(entry, 0, name[1], sums[-1])
         assert self.store.adopt(entry.layout, keys, offsets, sums, self.now) == len(keys)
         self.saved += len(keys)
-        for key, offset, checksum in zip(keys, offsets, sums, strict=True):
-            self.index[offset // PAGE] = IndexPut(entry, 0, key, checksum)
 
     # -- clients -------------------------------------------------------------------------------
 
@@ -138,15 +137,19 @@ class World(Books):
         *,
         shard: int | None = None,
         force: bool = False,
+        context: Sequence[bytes] = (),
     ) -> Reserved | None:
         entry, shards = self.entries[number], self.entries[number].layout.shards
         shard = None if shard is None else shard % shards
         before = {key: self.store.lookup(entry, [key]) for key in keys}
+        head = [key for key in context if self.store.lookup(entry, [key]) == b"\1"]
         kept = {name for name in self._resident() if name in self.kept}
         unsaved = self._unsaved()
         spills = self.store.placement.spills
         try:
-            reserved = self.store.reserve(session, entry, keys, self.now, shard=shard, force=force)
+            reserved = self.store.reserve(
+                session, entry, keys, self.now, shard=shard, force=force, context=context
+            )
         except LimitExceeded:
             assert len(session.leases) == self.store.limits.leases_per_session
             return None
@@ -156,7 +159,8 @@ class World(Books):
             assert status != NEW or before[key] != b"\1", "a resident block is written again"
             assert status != REFUSED or before[key] != b"\1"
             if status == PRESENT and before[key] == b"\1":
-                assert self.store.lookup(entry, [key]) == b"\1", "the tail pushed the head out"
+                assert self.store.lookup(entry, [key]), "the tail pushed the head out"
+        assert all(self.store.lookup(entry, [key]) for key in head), "the context was lost"
         if reserved.waiting:
             assert self.store.placement.spills and not news
             self.marks["reserve waits"] += 1
@@ -215,8 +219,10 @@ class World(Books):
         wait: bool = True,
         enough: int = 0,
         tokens_per_s: float = 0.0,
+        context: Sequence[bytes] = (),
     ) -> Reader | None:
         entry = self.entries[number]
+        head = [key for key in context if self.store.lookup(entry, [key]) == b"\1"]
         before = self.store.lookup(entry, keys)
         coming = {(m.entry.number, m.key) for m in self.pending if m.entry and m.kind in WILL_LOAD}
         try:
@@ -228,10 +234,12 @@ class World(Books):
                 wait=wait,
                 enough=enough,
                 tokens_per_s=tokens_per_s,
+                context=context,
             )
         except LimitExceeded:
             assert len(session.leases) == self.store.limits.leases_per_session
             return None
+        assert all(self.store.lookup(entry, [key]) for key in head), "the context was lost"
         names = [(number, key) for key in keys]
         floor = [self.forgotten.get(name, -1) for name in names]
         reader = Reader(session, lease, names, floor)

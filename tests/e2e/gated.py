@@ -37,5 +37,5 @@ class GatedFiles(NvmeFiles):
 
 
 if __name__ == "__main__":
-    disk.NvmeFiles = GatedFiles  # type: ignore[misc]
+    setattr(disk, "NvmeFiles", GatedFiles)  # noqa: B010  # in place of a class
     daemon.main(sys.argv[2:])

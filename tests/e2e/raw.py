@@ -34,7 +34,7 @@ class Stranger(Protocol):
 
 
 def _answer_class(verb: int) -> Any:
-    return getattr(pb, pb.Verb.Name(verb).capitalize() + "Reply")  # type: ignore[arg-type]
+    return getattr(pb, pb.Verb.Name(verb).capitalize() + "Reply")
 
 
 class RawHatch:
@@ -123,7 +123,7 @@ class RawFront:
         return first
 
     def call(self, verb: int, request: Any, timeout_s: float = TIMEOUT_S) -> Any:
-        method = getattr(self.stub, pb.Verb.Name(verb).capitalize())  # type: ignore[arg-type]
+        method = getattr(self.stub, pb.Verb.Name(verb).capitalize())
         try:
             return method(request, timeout=timeout_s, metadata=self.metadata)
         except grpc.RpcError as error:

@@ -82,7 +82,7 @@ def test_kinds_of_buffers(cache: Cache, kind: str, make: Callable[[bytes], Any])
 def test_rows_of_one_array(cache: Cache, order: int) -> None:
     """Neighbours in memory are copied as one run; rows that run backwards are not neighbours."""
     keys = hashes(16, f"rows {order}")
-    rows = np.frombuffer(b"".join(contents(keys, SIZE)), "u1").reshape(16, SIZE)
+    rows: Any = np.frombuffer(b"".join(contents(keys, SIZE)), "u1").reshape(16, SIZE)
     assert cache.put(keys[::order], rows[::order]).stored == 16
     into = torch.zeros((16, SIZE), dtype=torch.uint8)
     assert cache.get(keys, into).length == 16

@@ -114,11 +114,8 @@ def test_a_killed_client(daemon: Daemon, door: str, how: str) -> None:
 
     def free() -> bool:
         stats = daemon.stats()
-        return (
-            stats.leases == before.leases
-            and stats.blocks.quarantined == 0
-            and stats.tiers.dram.used_bytes == before.tiers.dram.used_bytes - 2 * SIZE
-        )
+        found = stats.leases, stats.blocks.quarantined, stats.tiers.dram.used_bytes
+        return found == (before.leases, 0, before.tiers.dram.used_bytes - 2 * SIZE)
 
     wait_for(free, "everything that it held to be free", SOON_S)
     assert cache.lookup(NEW).length == 0
@@ -180,7 +177,11 @@ def test_a_daemon_without_descriptors_frees_nothing_early(make_daemon: MakeDaemo
     soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 1, hard))
     holder = Holder(daemon, "hatch", "drop")  # a descriptor for the connection, none for its end
-    quarantined = lambda: cache.client.stats().tenants.default.blocks.quarantined  # noqa: E731
+
+    def quarantined() -> int:
+        found: int = cache.client.stats().tenants.default.blocks.quarantined
+        return found
+
     wait_for(lambda: quarantined() == 6, "its slots to be quarantined")
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
     assert quarantined() == 6

@@ -21,7 +21,7 @@ from kvstore.errors import (
     Unavailable,
 )
 from tests.e2e.conftest import MakeDaemon
-from tests.e2e.harness import ROOT, contents, hashes, layout, targets, wait_for
+from tests.e2e.harness import ROOT, Daemon, contents, hashes, layout, targets, wait_for
 
 SIZE = 64 << 10
 KEYS = hashes(6, "unreachable")

@@ -1,0 +1,327 @@
+"""One connection and its callers, against a daemon that the test plays itself, frame by frame."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvstore.client.wire import AFTER_LENGTH, HEADER, Wire
+from kvstore.errors import DeadlineExceeded, KVStoreError, SessionLost
+from kvstore.protos import kvstore_pb2 as pb
+
+SHORT_S, LONG_S = 0.15, 20.0
+
+
+class Played:
+    """The daemon's end of a connection."""
+
+    def __init__(self) -> None:
+        with tempfile.TemporaryDirectory(prefix="kvwire-", dir="/tmp") as folder:
+            path = Path(folder) / "kvstore.sock"
+            with socket.socket(socket.AF_UNIX) as listening:
+                listening.bind(str(path))
+                listening.listen()
+                self.wire = Wire(path, LONG_S)
+                self.end, _ = listening.accept()
+        self.end.settimeout(LONG_S)
+
+    def request(self) -> tuple[int, int, bytes]:
+        """Verb, number and message of the next request."""
+        length, verb, _, _, number = HEADER.unpack(self._exactly(HEADER.size))
+        return verb, number, self._exactly(length - AFTER_LENGTH)
+
+    def answer(self, number: int, message: Any) -> None:
+        """Answer a request."""
+        self.end.sendall(frame(number, message))
+
+    def _exactly(self, count: int) -> bytes:
+        found = b""
+        while len(found) < count:
+            more = self.end.recv(count - len(found))
+            assert more, "the client has gone"
+            found += more
+        return found
+
+
+def frame(number: int, message: Any) -> bytes:
+    """An answer as it travels."""
+    body: bytes = message.SerializeToString()
+    return HEADER.pack(AFTER_LENGTH + len(body), 0, 0, 0, number) + body
+
+
+class Caller(threading.Thread):
+    """A thread that makes one call, here a LOOKUP whose answer has a length of its own."""
+
+    def __init__(self, wire: Wire, deadline_s: float = LONG_S) -> None:
+        super().__init__(daemon=True)
+        self.wire = wire
+        self.deadline_s = deadline_s
+        self.length: int | None = None
+        self.error: KVStoreError | None = None
+        self.took_s = 0.0
+        self.start()
+
+    def run(self) -> None:
+        started = time.monotonic()
+        try:
+            deadline = started + self.deadline_s
+            reply = self.wire.call(pb.LOOKUP, pb.LookupRequest(), pb.LookupReply, deadline)
+            self.length = reply.length
+        except KVStoreError as error:
+            self.error = error
+        self.took_s = time.monotonic() - started
+
+    def done(self) -> Caller:
+        self.join(LONG_S)
+        assert not self.is_alive(), "the caller hangs"
+        return self
+
+
+@pytest.fixture
+def played() -> Iterator[Played]:
+    daemon = Played()
+    yield daemon
+    daemon.wire.close()
+    daemon.end.close()
+
+
+def test_answers_in_any_order_and_any_pieces(played: Played) -> None:
+    callers = [Caller(played.wire) for _ in range(6)]
+    numbers = [played.request()[1] for _ in callers]
+    stream = b"".join(frame(number, pb.LookupReply(length=number)) for number in numbers[::-1])
+    for at in range(0, len(stream), 5):
+        played.end.sendall(stream[at : at + 5])
+    assert sorted(caller.done().length or 0 for caller in callers) == sorted(numbers)
+
+
+def test_half_an_answer_at_the_deadline(played: Played) -> None:
+    """The rest of an answer that nobody waits for any more comes before the next one."""
+    late = Caller(played.wire, SHORT_S)
+    first = frame(played.request()[1], pb.LookupReply(length=77))
+    played.end.sendall(first[:7])
+    assert isinstance(late.done().error, DeadlineExceeded)
+    second = Caller(played.wire)
+    number = played.request()[1]
+    played.end.sendall(first[7:] + frame(number, pb.LookupReply(length=5)))
+    assert second.done().length == 5
+
+
+def test_the_end_in_the_middle_of_an_answer(played: Played) -> None:
+    callers = [Caller(played.wire) for _ in range(3)]
+    number, *_ = [played.request()[1] for _ in callers]
+    played.end.sendall(frame(number, pb.LookupReply(length=5))[:9])
+    played.end.close()
+    assert all(isinstance(caller.done().error, SessionLost) for caller in callers)
+    assert isinstance(Caller(played.wire).done().error, SessionLost)
+
+
+def test_answers_of_others_without_end(played: Played) -> None:
+    """A caller whose turn it was to read read for as long as anything came, past its deadline."""
+    caller = Caller(played.wire, SHORT_S)
+    played.request()
+    played.end.settimeout(0.01)
+    stranger = frame(9_999, pb.LookupReply(length=1)) * 2_000
+    end = time.monotonic() + LONG_S
+    while caller.is_alive() and time.monotonic() < end:
+        with contextlib.suppress(TimeoutError):
+            played.end.send(stranger)
+    assert isinstance(caller.done().error, DeadlineExceeded)
+    assert caller.took_s < 10 * SHORT_S
+
+
+@pytest.fixture
+def jumpy() -> Iterator[None]:
+    """Threads take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_nobody_sleeps_through_an_answer(played: Played, jumpy: None) -> None:
+    """An answer that was handed over just when its caller went to sleep did not wake it: the caller
+    slept until its deadline, with the answer there, and then returned it."""
+    slow: list[float] = []
+
+    def serve() -> None:
+        with contextlib.suppress(AssertionError, OSError):
+            while True:
+                played.answer(played.request()[1], pb.LookupReply(length=1))
+
+    def call() -> None:
+        for _ in range(400):
+            started = time.monotonic()
+            deadline = started + LONG_S
+            played.wire.call(pb.LOOKUP, pb.LookupRequest(), pb.LookupReply, deadline)
+            slow.append(time.monotonic() - started)
+
+    server = threading.Thread(target=serve, daemon=True)
+    server.start()
+    threads = [threading.Thread(target=call, daemon=True) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(2 * LONG_S)
+    assert len(slow) == 8 * 400
+    assert max(slow) < LONG_S / 4
+    played.wire.close()
+    server.join(LONG_S)
+
+
+def test_who_leaves_late_hands_the_reading_on(played: Played, jumpy: None) -> None:
+    """The reader left and woke a caller that was just leaving too: nobody read any more, and the
+    others slept until their deadlines although their answers had arrived."""
+    for _ in range(15):
+        leaving = [Caller(played.wire, 0.02) for _ in range(8)]
+        staying = Caller(played.wire)
+        numbers = [played.request()[1] for _ in range(9)]
+        for caller in leaving:
+            assert isinstance(caller.done().error, DeadlineExceeded)
+        for number in numbers:
+            played.answer(number, pb.LookupReply(length=3))
+        assert staying.done().length == 3
+        assert staying.took_s < LONG_S / 4
+
+
+def test_a_late_grant_is_given_back(played: Played) -> None:
+    """And the threads that wait for something else are not disturbed."""
+    for verb, reply, undo, request in (
+        (pb.ACQUIRE, pb.AcquireReply(lease=7), pb.RELEASE, pb.AcquireRequest()),
+        (pb.RESERVE, pb.ReserveReply(lease=8), pb.ABORT, pb.ReserveRequest()),
+    ):
+        deadline = time.monotonic() + SHORT_S
+        with pytest.raises(DeadlineExceeded):
+            played.wire.call(verb, request, type(reply), deadline)
+        number = played.request()[1]
+        other = Caller(played.wire)
+        others = played.request()[1]
+        played.answer(number, reply)
+        end_verb, end_number, body = played.request()
+        assert (end_verb, pb.ReleaseRequest.FromString(body).lease) == (undo, reply.lease)
+        played.answer(others, pb.LookupReply(length=4))
+        assert other.done().length == 4
+        played.answer(end_number, pb.ReleaseReply(held=True))
+    assert played.wire.dead is None
+
+
+def test_many_late_grants(played: Played) -> None:
+    for _ in range(5):
+        with pytest.raises(DeadlineExceeded):
+            deadline = time.monotonic() + 0.01
+            played.wire.call(pb.ACQUIRE, pb.AcquireRequest(), pb.AcquireReply, deadline)
+    numbers = [played.request()[1] for _ in range(5)]
+    for number in numbers[::-1]:
+        played.answer(number, pb.AcquireReply(lease=100 + number))
+    released = set()
+    for _ in range(5):
+        _, number, body = played.request()
+        released.add(pb.ReleaseRequest.FromString(body).lease - 100)
+        played.answer(number, pb.ReleaseReply(held=True))
+    assert released == set(numbers)
+
+
+def test_an_interrupted_call(played: Played) -> None:
+    """Ctrl-C while an acquire waits: its lease is given back, and the connection goes on."""
+
+    class Interrupted(BaseException):
+        pass
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, SHORT_S)
+        with pytest.raises(Interrupted):
+            deadline = time.monotonic() + LONG_S
+            played.wire.call(pb.ACQUIRE, pb.AcquireRequest(), pb.AcquireReply, deadline)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    played.answer(played.request()[1], pb.AcquireReply(lease=9))
+    verb, number, body = played.request()
+    assert (verb, pb.ReleaseRequest.FromString(body).lease) == (pb.RELEASE, 9)
+    played.answer(number, pb.ReleaseReply(held=True))
+
+
+def clog(wire: Wire) -> None:
+    """Send until nothing more goes out; the daemon does not read."""
+    request = pb.LookupRequest(keys=pb.Keys(hashes=bytes(1_000)))
+    sent = 0
+    with contextlib.suppress(DeadlineExceeded):
+        while True:
+            before = len(wire._calls)
+            wire._send(_request_frame(request), time.monotonic() + SHORT_S)
+            sent += 1
+            assert before == 0 and sent < 10_000
+
+
+def _request_frame(request: Any) -> bytes:
+    body: bytes = request.SerializeToString()
+    return HEADER.pack(AFTER_LENGTH + len(body), pb.LOOKUP, 0, 0, 0) + body
+
+
+def _bounded(call: Callable[[], object]) -> float:
+    started = time.monotonic()
+    with pytest.raises((DeadlineExceeded, SessionLost)):
+        call()
+    return time.monotonic() - started
+
+
+def test_half_a_request_out_ends_the_connection(played: Played) -> None:
+    """Nothing sensible can follow it. A request of which nothing went out harms nobody."""
+    large = pb.LookupRequest(keys=pb.Keys(hashes=bytes(4 << 20)))
+    took = _bounded(
+        lambda: played.wire.call(pb.LOOKUP, large, pb.LookupReply, time.monotonic() + SHORT_S)
+    )
+    assert SHORT_S <= took < 10 * SHORT_S
+    assert played.wire.dead == "a request could not be sent as a whole"
+    assert isinstance(Caller(played.wire).done().error, SessionLost)
+
+
+@pytest.mark.parametrize(
+    ("verb", "request_class", "ends"),
+    [
+        (pb.COMMIT, pb.CommitRequest, True),
+        (pb.ABORT, pb.AbortRequest, True),
+        (pb.RELEASE, pb.ReleaseRequest, True),
+        (pb.STATS, pb.StatsRequest, False),
+    ],
+)
+def test_the_end_of_a_lease_that_cannot_be_sent(
+    played: Played, verb: int, request_class: Any, ends: bool
+) -> None:
+    """The daemon took no requests, and a release never went out: the lease lived for as long as the
+    client. It ends with the connection."""
+    clog(played.wire)
+    if played.wire.dead is not None:
+        pytest.skip("half a request went out: the connection has ended already")
+    _bounded(
+        lambda: played.wire.call(verb, request_class(), pb.StatsReply, time.monotonic() + SHORT_S)
+    )
+    assert (played.wire.dead is not None) == ends
+
+
+def test_closing_while_others_wait(played: Played) -> None:
+    """The socket was closed under its readers: the number of its descriptor might belong to the
+    next connection before they noticed. It stays open until the last has left."""
+    callers = [Caller(played.wire) for _ in range(4)]
+    for _ in callers:
+        played.request()
+    played.wire.close("the test closes it")
+    for caller in callers:
+        error = caller.done().error
+        assert isinstance(error, SessionLost) and "the test closes it" in str(error)
+        assert caller.took_s < LONG_S / 4
+    assert played.wire._socket.fileno() == -1
+    assert played.end.recv(1) == b""
