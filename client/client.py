@@ -33,6 +33,9 @@ class Transport(Protocol):
     def call(self, verb: int, request: Any, reply: Any, deadline: float) -> Any:
         """See Wire.call."""
 
+    def release(self, lease: int, deadline: float) -> bool:
+        """See Wire.release."""
+
     def close(self, why: str = "") -> None:
         """See Wire.close."""
 

@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 
 from kvstore.client.wire import connect_socket
-from kvstore.errors import BY_NAME, DeadlineExceeded, InternalError, SessionLost
+from kvstore.errors import BY_NAME, DeadlineExceeded, InternalError, KVStoreError, SessionLost
 from kvstore.protos import kvstore_pb2 as pb
 from kvstore.protos import kvstore_pb2_grpc as pb_grpc
 
@@ -61,6 +61,14 @@ class FrontDoorWire:
             raise self._translate(verb, error) from None
         except ValueError:
             raise SessionLost(f"the connection to {self.path} has ended: {self.dead}") from None
+
+    def release(self, lease: int, deadline: float) -> bool:
+        """See Wire.release; here the daemon says whether it held."""
+        try:
+            request = pb.ReleaseRequest(lease=lease)
+            return bool(self.call(pb.RELEASE, request, pb.ReleaseReply, deadline).held)
+        except KVStoreError:
+            return False
 
     def _attach(self, request: Any, deadline: float) -> Any:
         self._stream = self._stub.Attach(request)

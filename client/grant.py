@@ -8,7 +8,6 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from kvstore.client.places import Extent, Places
-from kvstore.errors import KVStoreError
 from kvstore.protos import kvstore_pb2 as pb
 from kvstore.types import TIERS, Layout
 
@@ -91,13 +90,7 @@ class Grant:
         """
         if self._held is None:
             deadline = time.monotonic() + self._client.timeout_s
-            try:
-                reply = self._session.transport.call(
-                    pb.RELEASE, pb.ReleaseRequest(lease=self._lease), pb.ReleaseReply, deadline
-                )
-                self._held = bool(reply.held)
-            except KVStoreError:
-                self._held = False
+            self._held = self._session.transport.release(self._lease, deadline)
         return self._held
 
 

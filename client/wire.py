@@ -41,6 +41,7 @@ from kvstore.spin import Spin
 HEADER = struct.Struct("<IBBHI")
 AFTER_LENGTH = HEADER.size - 4
 READ_BYTES = 256 << 10
+NO_ANSWER = 0  # the number of requests that the daemon does not answer
 SPIN_S = 0.0003
 UNDO_S = 5.0  # for the daemon to take back what a caller that gave up was granted
 ABANDONED_S = 60.0  # a call that was given up and has no answer by then ends the connection
@@ -101,7 +102,10 @@ class Wire:
         self._abandoned: dict[int, tuple[int, _Call]] = {}  # number -> verb, and its call
         self._undoing = False
         self._reading = False
+        self._users = 0  # others that need the socket open
         self._sending = threading.Lock()
+        self._poll_end = select.poll()
+        self._poll_end.register(self._socket, select.POLLRDHUP)
         self._received = b""
         self.dead: str | None = None
 
@@ -126,7 +130,7 @@ class Wire:
 
         Raises what the daemon answered, DeadlineExceeded, or SessionLost when the connection ended.
         """
-        number = next(self._numbers) & 0xFFFFFFFF
+        number = next(self._numbers) % 0xFFFFFFFF + 1
         body = request.SerializeToString()
         call = _Call()
         with self._lock:
@@ -148,6 +152,31 @@ class Wire:
             refusal = pb.ErrorReply.FromString(payload)
             raise BY_NAME.get(refusal.error, InternalError)(refusal.message)
         return reply.FromString(payload)
+
+    def release(self, lease: int, deadline: float) -> bool:
+        """End a read lease; whether it held until now.
+
+        Nobody waits for an answer. The daemon takes a lease back only by ending the session, and
+        closes the connection before it gives the slots away: if the connection is whole after the
+        copy was made, so is the copy.
+        """
+        body = pb.ReleaseRequest(lease=lease).SerializeToString()
+        frame = HEADER.pack(AFTER_LENGTH + len(body), pb.RELEASE, 0, 0, NO_ANSWER) + body
+        with self._lock:
+            if self.dead is not None:
+                return False
+            self._users += 1  # the socket stays open
+        try:
+            ended = self._poll_end.poll(0)
+            self._send(frame, deadline)
+            return not ended
+        except KVStoreError:
+            self.close("the end of a lease could not be sent")
+            return False
+        finally:
+            with self._lock:
+                self._users -= 1
+                self._close_unused()
 
     def _send(self, frame: bytes, deadline: float) -> None:
         if not self._sending.acquire(timeout=max(0.0, deadline - time.monotonic())):
@@ -227,7 +256,7 @@ class Wire:
     def _close_unused(self) -> None:
         """Close the socket when nobody can be using it any more: its number may be somebody else's
         file in the next moment."""
-        if self.dead is not None and not self._calls:
+        if self.dead is not None and not self._calls and not self._users:
             self._socket.close()
 
     def _undo_abandoned(self) -> None:
@@ -283,6 +312,7 @@ class Wire:
                 if poll(0):
                     spin.found()
                     return True
+                os.sched_yield()  # the daemon may be waiting for this very processor
             spin.missed()
         left = deadline - time.monotonic()
         return bool(poll(left * 1e3 + 1 if left > 0 else 0))

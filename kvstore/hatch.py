@@ -32,6 +32,7 @@ from kvstore.service import Service
 HEADER = struct.Struct("<IBBHI")
 AFTER_LENGTH = HEADER.size - 4
 OK, ERROR = 0, 1
+NO_ANSWER = 0  # the number of requests whose answer nobody waits for
 FRAME_BYTES_MAX = 8 << 20  # 65,536 hashes of 64 bytes, and room
 UNSENT_BYTES_MAX = 16 << 20  # a client that does not read its answers is cut off
 READ_BYTES = 256 << 10
@@ -208,7 +209,7 @@ class Connection:
         self._answer(verb, number, reply)
 
     def _answer(self, verb: int, number: int, reply: Any) -> None:
-        if self._socket is None:
+        if self._socket is None or number == NO_ANSWER:
             return
         status = OK
         if isinstance(reply, KVStoreError):

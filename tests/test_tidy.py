@@ -72,8 +72,10 @@ SEEN_BY_ROOM = {
     "protos": (),
     "client": ("protos", "errors", "paths", "spin", "types"),
 }
-BRAIN: tuple[str, ...] = ("catalog", "counters", "health", "leases", "orders", "placement", "reads", "retention")
-BRAIN += ("room", "slots", "store", "writes")
+BRAIN = (
+    *("catalog", "counters", "health", "leases", "orders", "placement", "reads", "retention"),
+    *("room", "slots", "store", "writes"),
+)
 IMPURE = {"asyncio", "os", "random", "socket", "threading", "time", "datetime", "secrets", "lmdb"}
 
 

@@ -6,9 +6,7 @@ The seeded runs also prove by marks that the rare branches were really taken.
 
 from __future__ import annotations
 
-import random
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,19 +14,20 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvstore.leases import Session
 from kvstore.orders import Outcome
-from kvstore.placement import PlacementConfig
-from kvstore.store import Limits
-from tests.brain.books import Reader
+from tests.brain.seeded import (
+    OUTCOMES,
+    PRIORITIES,
+    SECONDS,
+    SLAB_PAGES,
+    SPEEDS,
+    WRITE_POLICIES,
+    Seeded,
+    make_world,
+    put,
+    unanswered,
+)
 from tests.brain.world import KEYS, PAGE, SHAPES, World, key_of
-
-WRITE_POLICIES = ("through", "on-evict", "second-touch")
-SLAB_PAGES = (6, 8)
-OUTCOMES = (Outcome.DONE,) * 6 + (Outcome.CORRUPT, Outcome.FAILED, Outcome.FAILED)
-SPEEDS = (0.0, 0.0, 1.0, 1e12)
-SECONDS = (0.001, 0.3, 1.5, 40.0)
-PRIORITIES = (0, 10, 50, 100)
 
 run_of_keys = st.builds(
     lambda start, length: [key_of(at % KEYS) for at in range(start, start + length)],
@@ -37,33 +36,6 @@ run_of_keys = st.builds(
 )
 context_length = st.sampled_from([0, 0, 0, 1, 3])
 place = st.integers(0, 63)  # which of those that there are
-
-
-def make_world(
-    *,
-    dram: int,
-    nvme: int,
-    slab_pages: int,
-    layouts: int,
-    policy: str,
-    budget: float | None,
-    spread: int,
-    queue: int,
-    loads: int,
-    leases: int,
-) -> World:
-    """Tiers of some slabs. The smallest hold two blocks, so every shortage occurs."""
-    config = PlacementConfig(
-        dram_bytes=dram * slab_pages * PAGE,
-        nvme_bytes=nvme * slab_pages * PAGE,
-        slab_bytes=slab_pages * PAGE,
-        write_policy=policy,
-        write_budget=budget,
-        spread=spread,
-        queue_depth=queue,
-        loads_max=loads,
-    )
-    return World(config, Limits(leases_per_session=leases, sessions=4), layouts)
 
 
 class Machine(RuleBasedStateMachine):
@@ -137,7 +109,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.world.sessions)
     @rule(who=place, what=place, keys=run_of_keys)
     def put(self, who: int, what: int, keys: list[bytes]) -> None:
-        _put(self.world, _one(self.world.sessions, who), self.layout(what), keys)
+        put(self.world, _one(self.world.sessions, who), self.layout(what), keys)
 
     @precondition(lambda self: self.world.writers)
     @rule(at=place)
@@ -189,10 +161,10 @@ class Machine(RuleBasedStateMachine):
     def release(self, at: int) -> None:
         self.world.release(_one(self.world.readers, at))
 
-    @precondition(lambda self: bool(_unanswered(self.world)))
+    @precondition(lambda self: bool(unanswered(self.world)))
     @rule(at=place)
     def cut(self, at: int) -> None:
-        self.world.cut(_one(_unanswered(self.world), at))
+        self.world.cut(_one(unanswered(self.world), at))
 
     @rule(what=place, keys=run_of_keys)
     def prefetch(self, what: int, keys: list[bytes]) -> None:
@@ -250,18 +222,6 @@ def _one(there: list[Any], at: int) -> Any:
     return there[at % len(there)]
 
 
-def _unanswered(world: World) -> list[Reader]:
-    return [reader for reader in world.readers if not reader.lease.answered]
-
-
-def _put(world: World, session: Session, layout: int, keys: list[bytes]) -> None:
-    """A whole put: what an engine does most."""
-    world.reserve(session, layout, keys)
-    world.after()
-    if world.writers and world.writers[-1].session is session:
-        world.commit(world.writers[-1])
-
-
 Machine.TestCase.settings = settings(
     max_examples=300,
     stateful_step_count=60,
@@ -274,115 +234,6 @@ TestMachine = Machine.TestCase
 
 # -- the same, from a seed ---------------------------------------------------------------------
 
-
-def _ops(world: World, chance: random.Random) -> dict[str, tuple[int, Callable[[], object]]]:
-    """What can happen now, with how likely it is."""
-
-    def pick(there: list[Any]) -> Any:
-        return chance.choice(there)
-
-    def keys() -> list[bytes]:
-        start = chance.choice((0, 0, 0, chance.randrange(KEYS)))
-        return [key_of(at % KEYS) for at in range(start, start + chance.randint(1, KEYS))]
-
-    def split() -> tuple[list[bytes], list[bytes]]:
-        """Keys that a request continues, and those that it is about."""
-        there, skip = keys(), chance.choice((0, 0, 0, 1, 3))
-        there = there[:2] * (chance.random() < 0.05) + there
-        return there[:skip], there[skip:]
-
-    def reserve(client: Session, shard: int | None) -> None:
-        context, there = split()
-        world.reserve(
-            client,
-            layout,
-            list(dict.fromkeys(there)),
-            shard=shard,
-            force=chance.random() < 0.3,
-            context=context,
-        )
-
-    def acquire(client: Session) -> None:
-        context, there = split()
-        world.acquire(
-            client,
-            layout,
-            there,
-            wait=chance.random() < 0.8,
-            enough=chance.choice((0, 0, 0, 0, 0, 1, 2)),
-            tokens_per_s=chance.choice(SPEEDS),
-            context=context,
-        )
-
-    layout = chance.randrange(len(world.entries))
-    ops: dict[str, tuple[int, Callable[[], object]]] = {
-        "attach": (2, world.attach),
-        "prefetch": (3, lambda: world.prefetch(layout, keys())),
-        "retain": (
-            1,
-            lambda: world.retain(layout, keys(), pick([0, 10, 50, 100]), pick([None, 5.0])),
-        ),
-        "forget": (2, lambda: world.forget(layout, keys())),
-        "clear": (chance.random() < 0.2, world.clear),
-        "tick": (3, lambda: world.tick(pick([0.001, 0.3, 1.5, 40.0]))),
-        "digest": (6, lambda: world.store.digest(world.now)),
-        "verify": (1, lambda: world.verify(chance.randrange(64))),
-        "save_all": (chance.random() < 0.3, lambda: world.store.save_all(world.now)),
-    }
-    if world.sessions:
-        client = pick(world.sessions)
-        shard = chance.choice((None, 0, 1, 2))
-        ops |= {
-            "detach": (chance.random() < 0.4, lambda: world.detach(client)),
-            "put": (10, lambda: _put(world, client, layout, keys())),
-            "reserve": (8, lambda: reserve(client, shard)),
-            "acquire": (14, lambda: acquire(client)),
-        }
-    if world.ghosts:
-        ops["unquarantine"] = (2, lambda: world.unquarantine(pick(world.ghosts)))
-    if world.writers:
-        ops["commit"] = (8, lambda: world.commit(pick(world.writers)))
-        ops["abort"] = (2, lambda: world.abort(pick(world.writers)))
-    if world.readers:
-        ops["release"] = (10, lambda: world.release(pick(world.readers)))
-    if waiting := _unanswered(world):
-        ops["cut"] = (2, lambda: world.cut(pick(waiting)))
-    if world.pending:
-        ops["finish"] = (16, lambda: world.finish(pick(world.pending), pick(world.outcomes)))
-    return ops
-
-
-def run(seed: int, steps: int) -> World:
-    """One world from a seed, to its end."""
-    chance = random.Random(seed)
-    world = make_world(
-        dram=chance.randint(1, 4),
-        nvme=chance.choice((0, 1, 2, 3, 4, 4)),
-        slab_pages=chance.choice(SLAB_PAGES),
-        layouts=chance.randint(1, len(SHAPES)),
-        policy=chance.choice(WRITE_POLICIES),
-        budget=chance.choice((None, None, None, 3.0 * PAGE)),
-        spread=chance.randint(1, 2),
-        queue=chance.randint(1, 4),
-        loads=chance.choice((1, 4, 64)),
-        leases=chance.choice((3, 30)),
-    )
-    world.outcomes = list(OUTCOMES) if chance.random() < 0.5 else [Outcome.DONE]
-    world.adopt(0, chance.randrange(6))
-    world.attach()
-    for _ in range(steps):
-        ops = _ops(world, chance)
-        name = chance.choices(list(ops), [weight for weight, _ in ops.values()])[0]
-        ops[name][1]()
-        world.after()
-    evicted = world.store.counters.dram.evicted, world.store.counters.nvme.evicted
-    for tier, counts in zip(("dram", "nvme"), evicted, strict=True):
-        for reason, count in counts.items():
-            world.marks[f"{tier} {reason}"] += count
-    world.end()
-    return world
-
-
 MARKS = Counter[str]()
 SEEDS = 60
 STEPS = 600
@@ -390,14 +241,14 @@ STEPS = 600
 
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_a_long_run(seed: int) -> None:
-    MARKS.update(run(seed, STEPS).marks)
+    MARKS.update(Seeded(seed).run(STEPS).marks)
 
 
 def test_the_runs_went_everywhere() -> None:
     """A test that never fills the drive proves nothing about a full one."""
     if not MARKS:  # run alone
         for seed in range(SEEDS):
-            MARKS.update(run(seed, STEPS).marks)
+            MARKS.update(Seeded(seed).run(STEPS).marks)
     wanted = {
         "corrupt",
         "doomed while load",
