@@ -12,7 +12,7 @@ from kvstore.client.arena import address_of
 from kvstore.client.grant import Grant, count_tiers
 from kvstore.client.places import Places
 from kvstore.client.reservation import NEW, PRESENT, REFUSED, Reservation
-from kvstore.errors import InvalidBlock, InvalidRequest, SessionLost, Unavailable
+from kvstore.errors import InvalidBlock, InvalidRequest, Unavailable
 from kvstore.protos import kvstore_pb2 as pb
 from kvstore.types import KEYS_PER_CALL_MAX, Layout, check_keys
 
@@ -95,7 +95,7 @@ class Cache:
         wait_s = self.client.timeout_s if deadline_s is None else _wait_s(deadline_s)
         end = time.monotonic() + wait_s
         outcome = bytearray([REFUSED]) * len(hashes)
-        lost = done = 0
+        done = 0
         while done < len(hashes):
             # What is refused is the end of the list: it continues what has been stored by then.
             wait_s = min(DEADLINE_S, max(0.0, end - time.monotonic() - GRACE_S))
@@ -103,15 +103,14 @@ class Cache:
             status: bytes = reply.status
             new = [at for at, answer in enumerate(status, done) if answer == NEW]
             if new:
-                lost += len(new) - self._fill(session, reply, [sources[at] for at in new], shard)
+                self._fill(session, reply, [sources[at] for at in new], shard)
             for at, answer in enumerate(status, done):
                 if answer == NEW or outcome[at] == REFUSED:
                     outcome[at] = answer
             if REFUSED not in status or not new or time.monotonic() >= end:
                 break
             done += status.index(REFUSED)
-        stored = max(0, outcome.count(NEW) - lost)
-        return PutResult(stored, outcome.count(PRESENT), outcome.count(REFUSED))
+        return PutResult(*map(outcome.count, (NEW, PRESENT, REFUSED)))
 
     def get(
         self,
@@ -272,18 +271,19 @@ class Cache:
             skip=skip or 0,
         )
 
-    def _fill(self, session: Session, reply: Any, sources: list[int], shard: int | None) -> int:
-        """Copy into the slots that were reserved, and commit; returns how many were stored."""
+    def _fill(self, session: Session, reply: Any, sources: list[int], shard: int | None) -> None:
+        """Copy into the slots that were reserved, and commit."""
         places = Places(session.arena, self.layout, reply.offsets)
-        reservation = Reservation(self.client, session, places, reply.lease, reply.status, shard)
         try:
             places.copy_in(sources, shard)
-            return reservation.commit()
-        except SessionLost as error:
-            raise Unavailable(f"{error}: what this call had not committed is not stored") from None
         except BaseException:  # nobody could store these blocks while the lease lives
-            reservation.abort()
+            Reservation(self.client, session, places, reply.lease, reply.status, shard).abort()
             raise
+        if not session.transport.commit(reply.lease, self.client.deadline()):
+            raise Unavailable(
+                f"the connection to {self.client.path} has ended: what this call had not committed "
+                "is not stored"
+            )
 
     def _acquire(
         self,

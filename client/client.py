@@ -36,6 +36,9 @@ class Transport(Protocol):
     def release(self, lease: int, deadline: float) -> bool:
         """See Wire.release."""
 
+    def commit(self, lease: int, deadline: float) -> bool:
+        """See Wire.commit."""
+
     def close(self, why: str = "") -> None:
         """See Wire.close."""
 

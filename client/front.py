@@ -70,6 +70,11 @@ class FrontDoorWire:
         except KVStoreError:
             return False
 
+    def commit(self, lease: int, deadline: float) -> bool:
+        """See Wire.commit; here the daemon says whether it held."""
+        request = pb.CommitRequest(lease=lease)
+        return bool(self.call(pb.COMMIT, request, pb.CommitReply, deadline).held)
+
     def _attach(self, request: Any, deadline: float) -> Any:
         self._stream = self._stub.Attach(request)
         # The stream lives as long as the session, so only its first message can have a deadline.

@@ -104,8 +104,6 @@ class Wire:
         self._reading = False
         self._users = 0  # others that need the socket open
         self._sending = threading.Lock()
-        self._poll_end = select.poll()
-        self._poll_end.register(self._socket, select.POLLRDHUP)
         self._received = b""
         self.dead: str | None = None
 
@@ -160,14 +158,28 @@ class Wire:
         closes the connection before it gives the slots away: if the connection is whole after the
         copy was made, so is the copy.
         """
-        body = pb.ReleaseRequest(lease=lease).SerializeToString()
-        frame = HEADER.pack(AFTER_LENGTH + len(body), pb.RELEASE, 0, 0, NO_ANSWER) + body
+        return self._tell(pb.RELEASE, pb.ReleaseRequest(lease=lease), deadline)
+
+    def commit(self, lease: int, deadline: float) -> bool:
+        """Publish what was written under a lease; whether it held until now.
+
+        Nobody waits for an answer, as above. Whoever asks the daemon later, through whichever
+        connection, asks after it has read this.
+        """
+        return self._tell(pb.COMMIT, pb.CommitRequest(lease=lease), deadline)
+
+    def _tell(self, verb: int, request: Any, deadline: float) -> bool:
+        """Send a request that is not answered; False when the connection has ended by now."""
+        body = request.SerializeToString()
+        frame = HEADER.pack(AFTER_LENGTH + len(body), verb, 0, 0, NO_ANSWER) + body
         with self._lock:
             if self.dead is not None:
                 return False
             self._users += 1  # the socket stays open
         try:
-            ended = self._poll_end.poll(0)
+            poll = select.poll()  # one for each call: two threads may not use one at once
+            poll.register(self._socket, select.POLLRDHUP)
+            ended = poll.poll(0)
             self._send(frame, deadline)
             return not ended
         except KVStoreError:

@@ -42,6 +42,15 @@ WEIGHTS = {
     "unquarantine": 2.0,
     "verify": 1.0,
 }
+# Histories that keep to one matter meet its rare turns more often: all of it at once, shards and
+# vanished ranks, waits for loads, reads that find damage, a device that fails and comes back.
+FOCUSES: tuple[dict[str, float], ...] = (
+    {},
+    {"reserve": 30.0, "put": 2.0, "acquire": 4.0, "detach": 4.0, "unquarantine": 3.0},
+    {"acquire": 30.0, "prefetch": 8.0, "finish": 10.0, "clear": 0.05, "forget": 3.0},
+    {"verify": 20.0, "acquire": 24.0, "release": 20.0, "put": 14.0, "clear": 0.05},
+    {"put": 20.0, "finish": 30.0, "tick": 8.0, "clear": 0.05, "forget": 0.5},
+)
 
 
 def make_world(
@@ -101,6 +110,8 @@ class Seeded:
             leases=chance.choice((3, 30)),
         )
         self.outcomes = OUTCOMES if chance.random() < 0.5 else (Outcome.DONE,)
+        self.focus = chance.randrange(len(FOCUSES))
+        self.weights = WEIGHTS | FOCUSES[self.focus]
         self.world.adopt(0, chance.randrange(6))
         self.world.attach()
 
@@ -109,7 +120,7 @@ class Seeded:
         world = self.world
         for _ in range(steps):
             names = self._possible()
-            name = self.chance.choices(names, [WEIGHTS[name] for name in names])[0]
+            name = self.chance.choices(names, [self.weights[name] for name in names])[0]
             getattr(self, f"_{name}")()
             world.after()
         counters = world.store.counters
@@ -140,7 +151,12 @@ class Seeded:
         return self.chance.choice(there)
 
     def _layout(self) -> int:
-        return self.chance.randrange(len(self.world.entries))
+        layouts = len(self.world.entries)
+        if layouts > 1 and FOCUSES[self.focus] and self.chance.random() < 0.8:
+            return (
+                1 if "detach" in FOCUSES[self.focus] else 0
+            )  # that of two shards, or the smallest
+        return self.chance.randrange(layouts)
 
     def _keys(self) -> list[bytes]:
         start = self._pick((0, 0, 0, self.chance.randrange(KEYS)))

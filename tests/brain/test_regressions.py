@@ -67,6 +67,19 @@ def test_two_ranks_that_vanish_end_one_after_the_other() -> None:
     assert desk.put(entry, 2) == 1 and desk.counters.quarantined == 0
 
 
+def test_a_vanished_rank_ends_before_the_other_is_done() -> None:
+    """The slot is free when the rank that lives has committed too: until then it writes."""
+    desk = Desk()
+    entry = desk.layout(4, shards=2)
+    alive = desk.reserve(entry, 1, shard=0)
+    rank1 = desk.store.attach("1")
+    desk.reserve(entry, 1, client=rank1, shard=1)
+    desk.store.unquarantine(desk.store.detach(rank1, desk.now), desk.now)
+    assert desk.put(entry, 2) == 0
+    assert alive.lease and desk.store.commit(desk.client, alive.lease.number, desk.now) == 0
+    assert desk.put(entry, 2) == 1
+
+
 def test_joining_a_block_does_not_give_it_up() -> None:
     """Rank 1 reserved blocks of which rank 0 had written its shard, and a new one. To make room for
     the new one the store gave up the oldest that nobody worked on: one of those being joined. The

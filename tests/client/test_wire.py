@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import signal
 import socket
 import subprocess
@@ -166,20 +167,20 @@ def test_nobody_sleeps_through_an_answer(played: Played, monkeypatch: pytest.Mon
 
     def make() -> threading.Event:
         about_to_sleep.set()
-        call = played.wire._calls[2]
+        call = list(played.wire._calls.values())[1]
         wait_for(lambda: call.answer is not None, "the answer to be handed over")
         return threading.Event()
 
     reader = Caller(played.wire)
-    assert played.request()[1] == 1
+    first = played.request()[1]
     with_events(monkeypatch, make)
     sleeper = Caller(played.wire, 3.0)
-    assert played.request()[1] == 2
+    second = played.request()[1]
     assert about_to_sleep.wait(LONG_S)
-    played.answer(2, pb.LookupReply(length=2))
+    played.answer(second, pb.LookupReply(length=2))
     assert sleeper.done().length == 2
     assert sleeper.took_s < 2.0
-    played.answer(1, pb.LookupReply(length=1))
+    played.answer(first, pb.LookupReply(length=1))
     assert reader.done().length == 1
 
 
@@ -202,11 +203,12 @@ def test_who_leaves_late_hands_the_reading_on(
     events = iter([Leaving(), threading.Event()])
     with_events(monkeypatch, lambda: next(events))
     leaving = Caller(played.wire, SHORT_S)
-    played.request()
-    wait_for(lambda: played.wire._calls[2].wake is not None, "the second to sleep")
+    call = played.wire._calls[played.request()[1]]
+    wait_for(lambda: call.wake is not None, "the second to sleep")
     staying = Caller(played.wire, 3.0)
     number = played.request()[1]
-    wait_for(lambda: played.wire._calls[3].wake is not None, "the third to sleep")
+    other = played.wire._calls[number]
+    wait_for(lambda: other.wake is not None, "the third to sleep")
     for caller in (reader, leaving):
         assert isinstance(caller.done().error, DeadlineExceeded)
     played.answer(number, pb.LookupReply(length=3))
@@ -215,11 +217,12 @@ def test_who_leaves_late_hands_the_reading_on(
 
 
 def test_many_callers_at_once(played: Played) -> None:
+    count = itertools.count(1)
+
     def serve() -> None:
         with contextlib.suppress(AssertionError, OSError):
             while True:
-                _, number, _ = played.request()
-                played.answer(number, pb.LookupReply(length=number))
+                played.answer(played.request()[1], pb.LookupReply(length=next(count)))
 
     server = threading.Thread(target=serve, daemon=True)
     server.start()
@@ -324,6 +327,36 @@ def test_half_a_request_out_ends_the_connection(played: Played) -> None:
     assert SHORT_S <= took < 10 * SHORT_S
     assert played.wire.dead == "a request could not be sent as a whole"
     assert isinstance(Caller(played.wire).done().error, SessionLost)
+
+
+def test_releases_by_many_threads(played: Played) -> None:
+    """They share the connection without waiting: two that looked for its end at the same time, with
+    one poll object, got RuntimeError. After the end none of them has held."""
+
+    def release(leases: range, held: list[bool]) -> None:
+        held += [played.wire.release(lease, time.monotonic() + LONG_S) for lease in leases]
+
+    def all_of_them() -> list[bool]:
+        held: list[bool] = []
+        threads = [
+            threading.Thread(target=release, args=(range(at, 4_000, 8), held)) for at in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        if played.wire.dead is None and not ended:
+            found = {played.request() for _ in range(4_000)}
+            leases = {pb.ReleaseRequest.FromString(body).lease for _, _, body in found}
+            assert leases == set(range(4_000))
+            assert {(verb, number) for verb, number, _ in found} == {(pb.RELEASE, 0)}
+        for thread in threads:
+            thread.join(LONG_S)
+        return held
+
+    ended = False
+    assert all_of_them() == [True] * 4_000
+    played.end.close()
+    ended = True
+    assert all_of_them() == [False] * 4_000
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,29 @@
+"""What is installed: every module of ours under kvstore/, and nothing beside it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_wheel_holds_kvstore_alone_and_whole(tmp_path: Path) -> None:
+    # Built from a copy: a `build` folder left in the tree would put deleted modules into wheels.
+    tree = tmp_path / "tree"
+    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "tests", "docs", "__pycache__")
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=ignored)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
+    command += ["--no-build-isolation", "--wheel-dir", str(tmp_path), str(tree)]
+    subprocess.run(command, check=True, timeout=120)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert all(name.startswith("kvstore/") for name in names)
+    modules = {f"kvstore/{path.name}" for path in (ROOT / "kvstore").glob("*.py")}
+    for room in ("tiers", "eviction", "client", "protos"):
+        modules |= {f"kvstore/{room}/{path.name}" for path in (ROOT / room).glob("*.py")}
+    assert modules <= names, "pyproject.toml leaves a module out"
+    assert {"kvstore/py.typed", "kvstore/protos/kvstore.proto"} <= names
