@@ -93,10 +93,15 @@ class Placement:
             pins[block] += 1
         return held
 
-    def give_up(self, held: list[int]) -> bool:
+    def give_up(self, held: list[int], *, patient: bool = False) -> bool:
         """Unpin the last quarter of protected blocks, of those that stay on NVMe; False when there
-        is none: a head is not lost for its tail."""
+        is none: a head is not lost for its tail. `patient` is to wait, rather than take from
+        further ahead, while the last quarter itself is still being saved."""
         flags = self.catalog.flags
+        if patient and self.spills:
+            tail = held[-max(1, len(held) // 4) :]
+            if not all(flags[block] & STORED for block in tail):
+                return False
         spare = [block for block in held if flags[block] & STORED] if self.health.ok else []
         if not spare:
             return False

@@ -110,7 +110,7 @@ class Writes:
         """Slots for leading blocks; how many got one. Those of their own chain go last."""
         held = self.placement.protect(chain)
         got = self.placement.take_dram(blocks, now, force=force)
-        while blocks and not got and self.placement.give_up(held):
+        while blocks and not got and self.placement.give_up(held, patient=not force):
             got = self.placement.take_dram(blocks, now, force=force)
         self.placement.room.unpin(held)
         return got

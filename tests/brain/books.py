@@ -97,9 +97,17 @@ class Books:
     # -- bytes ---------------------------------------------------------------------------------
 
     def committed(self, name: Name, content: Bytes) -> None:
-        """A client was told that these bytes are stored under the name."""
-        self.ever.setdefault(name, {})[content] = self.step
+        """A client was told that these bytes are stored under the name. They replace what is there,
+        but for a copy on NVMe that is being checked; what was forgotten some may still wait for."""
+        known, floor = self.ever.setdefault(name, {}), self.forgotten.get(name, -1)
+        if not any((m.block, m.key) == (self._block(name), name[1]) for m in self.pending):
+            for old in [old for old, step in known.items() if step > floor]:
+                del known[old]
+        known[content] = self.step
         self.published += 1
+
+    def _block(self, name: Name) -> int | None:
+        return self.store.catalog.layouts[name[0]].index.get(name[1])
 
     def is_true(self, name: Name, content: Bytes, floor: int) -> bool:
         """Whether these bytes were committed under the name, and after that step."""

@@ -433,7 +433,7 @@ def test_a_record_of_somebody_else_is_not_deleted() -> None:
     )
     desk.look()
     assert found == 0 and desk.index == {99: None} and desk.tiers(entry, 1, 2, 3) == [1, 0, 0]
-    desk.store.adopt(entry.layout, keys(4), [(1 << 32) * PAGE], [b"4"], desk.now)
+    desk.store.adopt(entry.layout, keys(4), [((1 << 32) + 1) * PAGE], [b"4"], desk.now)
     assert desk.tiers(entry, 4) == [0], "a damaged offset is not taken modulo the largest"
     desk.store.check()
 
@@ -481,8 +481,7 @@ def test_a_context_that_names_a_block_twice_is_let_go() -> None:
     desk.look()
     desk.finish_all()
     desk.store.adopt(entry.layout, keys(9), [8 * PAGE], [b"9"], desk.now)
-    again = keys(0, 0, 1, 1, 2, 2, 3, 3)
-    desk.store.acquire(desk.client, entry, keys(9), desk.now, context=again)
+    desk.store.acquire(desk.client, entry, keys(9), desk.now, context=keys(0, 1, 2, 3, 3))
     desk.look()
     desk.finish_all()
     desk.store.check()
