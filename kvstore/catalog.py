@@ -132,18 +132,19 @@ class Catalog:
         for block in blocks:
             key, index = keys[block], layouts[layout[block]].index
             assert key is not None
-            if index.get(key) == block:
-                del index[key]
+            found = index.pop(key, block)
+            if found != block:  # hidden before, and the key was stored anew
+                index[key] = found
 
     def drop(self, blocks: Sequence[int]) -> None:
-        """The rows are unused from now on. The blocks are hidden, and have no place and no hold."""
-        keys, flags, sums = self.keys, self.flags, self.sums
+        """The rows are unused from now on. The blocks are hidden, and have no place, no hold and
+        no checksums."""
+        keys, flags = self.keys, self.flags
         dram, nvme, pins = self.dram, self.nvme, self.pins
         for block in blocks:
             assert dram[block] == nvme[block] == NOWHERE and not pins[block]
             keys[block] = None
             flags[block] = 0
-            sums[block] = None
         self._dropped += blocks
 
     def recycle(self) -> None:

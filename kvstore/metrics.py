@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from kvstore.store import Store
-from kvstore.types import TIERS
+from kvstore.types import NVME, TIERS
 
 
 def tenant_document(store: Store) -> dict[str, Any]:
@@ -69,7 +69,9 @@ def _tier(store: Store, number: int) -> dict[str, Any]:
         "evicted": dict(counters.evicted),
         "corrupt": counters.corrupt,
         "failed": counters.failed,
-        "fenced": bool(number == 2 and not store.placement.health.ok and slots),
+        "fenced": number == NVME
+        and store.placement.health.present
+        and not store.placement.health.ok,
         "read_bytes": counters.read_bytes,
         "written_bytes": counters.written_bytes,
         "latency_ms": {

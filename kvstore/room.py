@@ -150,6 +150,8 @@ class Room:
             self.policy(NVME, slot_bytes).forget(stored)
             self.counters.nvme.evicted[reason] += len(stored)
             self.orders.index.update(dict.fromkeys([catalog.nvme[block] for block in stored]))
+            for block in stored:
+                catalog.sums[block] = None
         for block in blocks:
             flags[block] = flags[block] & ~(READY | STORED) | DOOMED
         self.retention.forget(blocks)
@@ -226,6 +228,7 @@ class Room:
             assert placed == slots.owners()
         for block, key in enumerate(catalog.keys):
             flags = catalog.flags[block]
+            assert catalog.sums[block] is None or flags & STORED
             if key is None:
                 assert not flags and not catalog.pins[block] and block not in self._busy
                 continue

@@ -104,12 +104,15 @@ class Slots:
         good = (slabs < self.slab_count) & (off == 0) & (places < count)
         sizes = np.asarray(self._size)[np.minimum(slabs, self.slab_count - 1)]
         good &= (sizes == 0) | (sizes == slot_bytes)
-        first = np.zeros(len(slabs), bool)  # of several owners of one slot the first is seated
-        first[np.unique(slabs * count + places, return_index=True)[1]] = True
-        good &= first
+        # By slab, in one pass; of several owners of one slot the first is seated.
+        there = np.flatnonzero(good)
+        there = there[np.unique((slabs * count + places)[there], return_index=True)[1]]
+        good[:] = False
+        good[there] = True
         everyone = np.asarray(owners, np.uint32)
-        for slab in np.unique(slabs[good]).tolist():
-            mine = np.flatnonzero(good & (slabs == slab))
+        cuts = np.flatnonzero(np.diff(slabs[there])) + 1
+        for mine in np.split(there, cuts) if len(there) else ():
+            slab = int(slabs[mine[0]])
             if not self._size[slab]:
                 self._assign(slab, slot_bytes)
             seats = np.asarray(self._owners[slab])

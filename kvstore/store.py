@@ -234,7 +234,7 @@ class Store:
                 page = self.catalog.nvme[row]
                 if slots.owner(page) == NOBODY:  # else the record is that of who sits there
                     self.room.orders.index[page] = None
-                self.catalog.nvme[row] = NOWHERE
+                self.catalog.nvme[row], self.catalog.sums[row] = NOWHERE, None
             self.catalog.hide(bad)
             self.catalog.drop(bad)
         return len(good)

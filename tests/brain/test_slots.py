@@ -115,6 +115,35 @@ def test_a_place_is_adopted_once() -> None:
     slots.check()
 
 
+def test_a_damaged_record_does_not_cost_its_neighbour_the_place() -> None:
+    """A record that pointed into the middle of a slot was taken for the first owner of that slot:
+    it was not seated, and the true owner, who came after it, was not either."""
+    slots = Slots(4 * PAGE, 4 * PAGE)
+    assert slots.adopt([1, 0, 2], 2 * PAGE, [1, 2, 3]) == [False, True, True]
+    assert slots.owners() == {0: 2, 2: 3}
+    slots.check()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_adoption_beside_a_loop(seed: int) -> None:
+    chance = random.Random(seed)
+    slots, model = Slots(8 * 7 * PAGE, 7 * PAGE), dict[int, int]()
+    sizes: dict[int, int] = {}
+    for size in (2, 1, 3, 2):
+        pages = [chance.randrange(8 * 7 + 4) for _ in range(60)]
+        expected = []
+        for owner, page in enumerate(pages):
+            slab, inside = divmod(page, 7)
+            good = slab < 8 and not inside % size and inside + size <= 7
+            good = good and sizes.get(slab, size) == size and page not in model
+            if good:
+                sizes[slab], model[page] = size, owner
+            expected.append(good)
+        assert slots.adopt(pages, size * PAGE, range(60)) == expected
+        slots.check()
+        assert slots.owners() == model
+
+
 @pytest.mark.parametrize("spread", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(5))
 def test_slots_beside_a_dict(seed: int, spread: int) -> None:

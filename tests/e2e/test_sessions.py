@@ -15,6 +15,7 @@ import pytest
 from kvstore.client import Cache, Client
 from kvstore.errors import DeadlineExceeded, SessionLost, Unavailable
 from kvstore.protos import kvstore_pb2 as pb
+from kvstore.types import Stats
 from tests.e2e.conftest import MakeDaemon
 from tests.e2e.harness import (
     ROOT,
@@ -90,8 +91,12 @@ def daemon(shared: Daemon) -> Iterator[Daemon]:
         assert shared.settled().tiers.dram.used_bytes == len(KEYS) * SIZE
         yield shared
         client.clear()
-    stats = shared.settled()
-    assert (stats.sessions, stats.tiers.dram.used_bytes) == (1, 0)
+
+    def alone() -> Stats | None:
+        stats = shared.settled()
+        return stats if stats.sessions == 1 else None
+
+    assert wait_for(alone, "all sessions to end").tiers.dram.used_bytes == 0
 
 
 @pytest.mark.parametrize("how", ["plain", "fork"])

@@ -25,7 +25,7 @@ from tests.e2e.harness import ROOT, Daemon, contents, hashes, layout, targets, w
 
 SIZE = 64 << 10
 KEYS = hashes(6, "unreachable")
-TIMEOUT_S = 0.5
+TIMEOUT_S = 0.4
 
 
 @contextmanager
