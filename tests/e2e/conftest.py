@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Generator, Iterator
 
 import pytest
@@ -26,24 +27,15 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.CallI
 @pytest.fixture
 def make_daemon() -> Iterator[MakeDaemon]:
     """Makes daemons that are not started yet; keywords are sections of the configuration."""
-    made: list[Daemon] = []
-
-    def make(**sections: dict[str, object]) -> Daemon:
-        made.append(Daemon(**sections))
-        return made[-1]
-
-    yield make
-    for daemon in made:
-        daemon.dispose()
+    with contextlib.ExitStack() as made:
+        yield lambda **sections: made.enter_context(Daemon(**sections))
 
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Daemon]:
     """A running daemon for all tests of a module that leave no traces outside their own layout."""
-    daemon = Daemon()
-    daemon.start()
-    yield daemon
-    daemon.dispose()
+    with Daemon() as daemon:
+        yield daemon.start()
 
 
 @pytest.fixture(params=list(DOORS))

@@ -104,6 +104,12 @@ class Daemon:
         self._clients: list[Client] = []
         live.append(self)
 
+    def __enter__(self) -> Daemon:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.dispose()
+
     # -- its life ------------------------------------------------------------------------------
 
     def write_config(self) -> Path:
@@ -203,14 +209,16 @@ class Daemon:
         """End everything and remove every file; fails when the daemon's log tells of a defect."""
         for gate in self.folder.glob("hold-*"):
             gate.unlink()
-        for client in self._clients:
-            client.close()
         try:
+            for client in self._clients:
+                client.close()
             if self.process is not None:
                 self.stop()
             found = [word for word in DEFECTS if word in self.log() and word not in self.forgiven]
             assert not found, f"{found} in the daemon's log: {self.log()}"
         finally:
+            if self.process is not None:
+                self.kill()
             live.remove(self)
             shutil.rmtree(self.arena, ignore_errors=True)
             shutil.rmtree(self.folder, ignore_errors=True)

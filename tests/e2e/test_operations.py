@@ -130,13 +130,13 @@ def broken_folder(daemon: Daemon) -> None:
     (daemon.folder / "nvme").write_text("a file where the folder should be")
 
 
-def test_a_disk_that_is_not_there_and_comes(make_daemon: MakeDaemon, door: str) -> None:
+def test_a_disk_that_is_not_there_and_comes(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon()
     broken_folder(daemon)
     daemon.start()
     (line,) = lines(daemon, "NVMe tier cannot be opened: DRAM only until it can")
     assert line["level"] == "error" and str(daemon.folder / "nvme") in line["problem"]
-    cache = daemon.client(door).open(layout("disk"))
+    cache = daemon.client().open(layout("disk"))
     keys = hashes(100, "disk")
     assert cache.put(keys, contents(keys, SIZE)).stored == 100
     assert check(cache, keys) == Counter(dram=100)

@@ -11,7 +11,7 @@ import pytest
 from tests.e2e.conftest import MakeDaemon
 from tests.e2e.harness import ROOT
 
-PROCESSES, SECONDS = 4, 3.0
+PROCESSES, SECONDS = 4, 2.0
 
 
 @pytest.mark.parametrize("policy", ["through", "on-evict"])

@@ -18,14 +18,12 @@ KEYS = hashes(6, "tenants")
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Daemon]:
-    daemon = Daemon(
+    with Daemon(
         dram={"size": "16 MiB", "slab_size": "1 MiB"},
         tenants__default={"dram_quota": "75%"},
         tenants__guest={"dram_quota": "25%", "nvme_quota": "0"},
-    )
-    daemon.start()
-    yield daemon
-    daemon.dispose()
+    ) as daemon:
+        yield daemon.start()
 
 
 @pytest.fixture

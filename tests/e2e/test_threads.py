@@ -87,17 +87,15 @@ def test_one_block_for_all(shared: Daemon, door: str) -> None:
 def gated() -> Iterator[Daemon]:
     """A daemon that was started again, so that its chains are on NVMe alone, where reads can be
     held up."""
-    daemon = Daemon()
-    daemon.gated = True
-    daemon.start()
-    with daemon.client() as client:
-        for chain in range(CHAINS):
-            keys = hashes(20, f"cold {chain}")
-            client.open(layout("cold", shard_bytes=SIZE)).put(keys, contents(keys, SIZE))
-    daemon.stop()
-    daemon.start()
-    yield daemon
-    daemon.dispose()
+    with Daemon() as daemon:
+        daemon.gated = True
+        daemon.start()
+        with daemon.client() as client:
+            for chain in range(CHAINS):
+                keys = hashes(20, f"cold {chain}")
+                client.open(layout("cold", shard_bytes=SIZE)).put(keys, contents(keys, SIZE))
+        daemon.stop()
+        yield daemon.start()
 
 
 @pytest.fixture(scope="module")

@@ -120,22 +120,22 @@ def _answers(call: Callable[[], bool]) -> bool:
         return False
 
 
-def test_an_arena_that_has_gone(make_daemon: MakeDaemon, door: str) -> None:
+def test_an_arena_that_has_gone(make_daemon: MakeDaemon) -> None:
     """The file that the daemon names was deleted, or replaced, behind its back."""
     daemon = make_daemon().start()
     file = daemon.arena / "default" / "arena"
     size = file.stat().st_size
     file.rename(file.with_name("elsewhere"))
     with pytest.raises(ArenaGone, match=r"arena .* cannot be opened: No such file.*connect again"):
-        daemon.client(door)
+        daemon.client()
     file.write_bytes(b"")
     os.truncate(file, size)
     with pytest.raises(ArenaGone, match=r"is not the arena of this daemon any more: connect again"):
-        daemon.client(door)
+        daemon.client()
     file.unlink()
     file.symlink_to("elsewhere")
     with pytest.raises(ArenaGone, match=r"cannot be opened.*connect again"):
-        daemon.client(door)
+        daemon.client()
 
 
 def test_an_arena_of_the_same_number_elsewhere(make_daemon: MakeDaemon) -> None:
