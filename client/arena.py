@@ -7,7 +7,6 @@ copy through a fresh mapping is not slowed by a page fault for every 4 KiB.
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import threading
 from typing import Any
@@ -15,12 +14,10 @@ from typing import Any
 import numpy as np
 
 from kvstore.errors import ArenaGone, InvalidBlock, NotPermitted
+from kvstore.mapping import MADV_POPULATE_WRITE, address_of_map, advise, map_shared
 
-MADV_POPULATE_WRITE = 23
 POPULATE_BYTES = 64 << 20  # one call: short enough to stop soon when the mapping is closed
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _memmove = ctypes.CDLL(None).memmove
 _memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _memmove.restype = ctypes.c_void_p
@@ -45,7 +42,7 @@ class Arena:
             status = os.fstat(file)
             if status.st_ino != inode or status.st_size != size_bytes:
                 raise ArenaGone(f"{path} is not the arena of this daemon any more: connect again")
-            self._map = mmap.mmap(file, size_bytes)
+            self._map = map_shared(file, size_bytes)
         finally:
             os.close(file)
         self.path = path
@@ -53,7 +50,7 @@ class Arena:
         self._device = status.st_dev
         self.size_bytes = size_bytes
         self.view = memoryview(self._map)
-        self.address: int = np.frombuffer(self._map, np.uint8).__array_interface__["data"][0]
+        self.address = address_of_map(self._map)
         self._closing = False
         self._populate = threading.Thread(
             target=self._touch_pages, name="kvstore-populate", daemon=True
@@ -85,7 +82,7 @@ class Arena:
     def _touch_pages(self) -> None:
         for start in range(0, self.size_bytes, POPULATE_BYTES):
             length = min(POPULATE_BYTES, self.size_bytes - start)
-            if self._closing or _libc.madvise(self.address + start, length, MADV_POPULATE_WRITE):
+            if self._closing or not advise(self.address + start, length, MADV_POPULATE_WRITE):
                 return  # an older kernel: the pages come one by one, as they are used
 
 

@@ -18,7 +18,7 @@ FUNCTION_LINES_MAX = 60
 
 # Imports go down only. A floor may import its own, those below it, and the rooms named beside it.
 FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("ground", ("errors", "paths", "spin", "types")),
+    ("ground", ("errors", "mapping", "paths", "spin", "types")),
     (
         "core",
         (
@@ -67,10 +67,10 @@ ROOMS_SEEN_BY = {
 }
 # Rooms know nobody above them, nor each other; the client knows the messages and the ground.
 SEEN_BY_ROOM = {
-    "tiers": (),
+    "tiers": ("mapping",),
     "eviction": (),
     "protos": (),
-    "client": ("protos", "errors", "paths", "spin", "types"),
+    "client": ("protos", "errors", "mapping", "paths", "spin", "types"),
 }
 BRAIN = (
     *("catalog", "counters", "health", "leases", "orders", "placement", "reads", "retention"),

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import mmap
 import os
 import stat
 from pathlib import Path
 
+from kvstore.mapping import HUGE_BYTES, collapse, map_shared
 from kvstore.tiers.base import ALIGNMENT, check_range, copy, flat, named
 
+COLLAPSE_BYTES = 64 << 20
 FALLOCATE_BYTES = 1 << 30  # one call is restarted from its start by a signal, so it is kept short
 
 
@@ -39,7 +40,7 @@ class DramArena:
                 raise OSError(errno.EINVAL, f"not an arena: {status.st_size} bytes are no pages")
             self.inode = status.st_ino
             self.capacity_bytes = status.st_size
-            self._map = mmap.mmap(file, status.st_size)
+            self._map = map_shared(file, status.st_size)
         except OSError as error:
             raise named(error, path) from error
         finally:
@@ -70,8 +71,8 @@ class DramArena:
         file = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         try:
             os.ftruncate(file, size_bytes)
-            for start in range(0, size_bytes if preallocate else 0, FALLOCATE_BYTES):
-                os.posix_fallocate(file, start, min(FALLOCATE_BYTES, size_bytes - start))
+            if preallocate:
+                _allocate(file, size_bytes)
             if gid is not None:
                 os.fchown(file, -1, gid)
             os.fchmod(file, mode)  # after the owner is right, and whatever the umask says
@@ -120,6 +121,17 @@ class DramArena:
         with contextlib.suppress(BufferError):
             self._bytes.release()
             self._map.close()
+
+
+def _allocate(file: int, size_bytes: int) -> None:
+    """Take all pages of a new file, huge ones as far as the kernel gives them."""
+    huge_bytes = size_bytes // HUGE_BYTES * HUGE_BYTES
+    with map_shared(file, size_bytes) as mapping:
+        for start in range(0, huge_bytes, COLLAPSE_BYTES):
+            if not collapse(file, mapping, start, min(COLLAPSE_BYTES, huge_bytes - start)):
+                break
+    for start in range(0, size_bytes, FALLOCATE_BYTES):
+        os.posix_fallocate(file, start, min(FALLOCATE_BYTES, size_bytes - start))
 
 
 def _check_room(path: Path, size_bytes: int) -> None:
