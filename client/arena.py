@@ -97,6 +97,15 @@ def address_of(buffer: Any, size: int, what: str, *, writable: bool) -> int:
     Takes CPU torch tensors, and whatever has the buffer protocol. Raises InvalidBlock, naming
     `what`, unless it is contiguous, of this size in bytes, in host memory, and writable if asked.
     """
+    if (  # the usual case, at a third of the cost
+        type(buffer) is np.ndarray
+        and buffer.nbytes == size
+        and buffer.flags.c_contiguous
+        and not buffer.dtype.hasobject
+        and (not writable or buffer.flags.writeable)
+    ):
+        place: int = buffer.__array_interface__["data"][0]
+        return place
     if hasattr(buffer, "data_ptr"):
         return _tensor_address(buffer, size, what)
     if hasattr(buffer, "__cuda_array_interface__"):

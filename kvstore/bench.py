@@ -117,10 +117,16 @@ def _dram(folder: Path, rounds: int, quick: bool, digest: Any) -> list[Figure]:
         ratios: dict[str, list[float]] = {"put 64": [], "get 64": [], "put 1": [], "get 1": []}
         for _ in range(rounds):
             cache.forget(hashes)
-            limit = buffers.memcpy()
-            ratios["put 64"].append(limit / _seconds(lambda: cache.put(hashes, buffers.sources)))
-            limit = buffers.memcpy()
-            ratios["get 64"].append(limit / _seconds(lambda: cache.get(hashes, buffers.targets)))
+            for verb, call, places in (
+                ("put 64", cache.put, buffers.sources),
+                ("get 64", cache.get, buffers.targets),
+            ):
+                buffers.flush()
+                limit = buffers.memcpy()
+                buffers.flush()
+                started = time.perf_counter()
+                call(hashes, places)
+                ratios[verb].append(limit / (time.perf_counter() - started))
             cache.forget(hashes)
             for verb, call, places in (
                 ("put 1", cache.put, buffers.sources),

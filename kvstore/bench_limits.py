@@ -19,6 +19,7 @@ import numpy as np
 
 from kvstore.client.arena import copy
 
+CACHE_BYTES = 64 << 20  # more than the last-level cache of most processors
 EMPTY_METHOD = "/kvstore.bench.Empty/Call"
 
 
@@ -33,11 +34,17 @@ class Buffers:
         self.target = np.ones_like(self.source)
         self.sources = list(self.source)
         self.targets = list(self.target)
+        self._other = np.zeros(CACHE_BYTES, dtype=np.uint8)
 
     @property
     def size_bytes(self) -> int:
         """Bytes of each of the two."""
         return self.count * self.block_bytes
+
+    def flush(self) -> None:
+        """Put other bytes into the processor's caches, so that what comes next starts as cold as
+        what it is compared with."""
+        self._other += 1
 
     def memcpy(self, at: int | None = None) -> float:
         """Seconds of one plain memcpy from the one to the other: of all blocks, or of one."""

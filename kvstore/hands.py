@@ -62,11 +62,14 @@ class Hands:
                 if size and not inside % size and inside + size <= table.slab_bytes:
                     table.clear(offset)
                 continue
+            if not catalog.flags[block] & READY:
+                table.write(offset, WRITING)  # what will be there is told when it is there
+                continue
             sums = catalog.sums[block]
             store.placement.sequence += 1
             table.write(
                 offset,
-                COMMITTED if catalog.flags[block] & READY else WRITING,
+                COMMITTED,
                 layout=catalog.entry(block).fingerprint,
                 hash=catalog.keys[block] or b"",
                 sequence=store.placement.sequence,
