@@ -6,6 +6,7 @@ copy through a fresh mapping is not slowed by a page fault for every 4 KiB.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import threading
@@ -97,15 +98,10 @@ def address_of(buffer: Any, size: int, what: str, *, writable: bool) -> int:
     Takes CPU torch tensors, and whatever has the buffer protocol. Raises InvalidBlock, naming
     `what`, unless it is contiguous, of this size in bytes, in host memory, and writable if asked.
     """
-    if (  # the usual case, at a third of the cost
-        type(buffer) is np.ndarray
-        and buffer.nbytes == size
-        and buffer.flags.c_contiguous
-        and not buffer.dtype.hasobject
-        and (not writable or buffer.flags.writeable)
-    ):
-        place: int = buffer.__array_interface__["data"][0]
-        return place
+    if type(buffer) is np.ndarray and buffer.nbytes == size and not buffer.dtype.hasobject:
+        # The usual case, at a fifth of the cost: this takes what is contiguous and writable only.
+        with contextlib.suppress(TypeError, ValueError):
+            return ctypes.addressof(ctypes.c_char.from_buffer(buffer))  # type: ignore[arg-type]
     if hasattr(buffer, "data_ptr"):
         return _tensor_address(buffer, size, what)
     if hasattr(buffer, "__cuda_array_interface__"):

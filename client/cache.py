@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 DEADLINE_S = 1.0  # of reserve and acquire, unless the caller says otherwise
 WAIT_S_MAX = 3_600.0  # longer waits are cut to this, as the daemon does
 GRACE_S = 0.05  # for the answer that the daemon sends at the deadline to arrive
-NUDGE_FROM = 8  # so many blocks take longer to look at than a nudge takes to send
 WINDOW_BYTES = 16 << 20  # get copies so much while the rest is still being loaded
 
 
@@ -91,8 +90,6 @@ class Cache:
 
         Raises InvalidBlock, before anything is stored, for a buffer of a wrong size or kind.
         """
-        if len(hashes) >= NUDGE_FROM:
-            self.client.nudge()
         blocks = list(blocks)  # only addresses are kept below: these keep the memory itself
         sources = self._addresses(hashes, blocks, shard, writable=False)
         wait_s = self.client.timeout_s if deadline_s is None else _wait_s(deadline_s)
@@ -134,8 +131,6 @@ class Cache:
         The first `length` buffers of the result are verified; a lease that did not hold ends it.
         """
         started, wait_s = time.monotonic(), _wait_s(deadline_s)
-        if len(hashes) >= NUDGE_FROM:
-            self.client.nudge()
         into = list(into)
         targets = self._addresses(hashes, into, shard, writable=True)
         done, tiers = 0, Counter[str]()

@@ -39,9 +39,6 @@ class Transport(Protocol):
     def commit(self, lease: int, deadline: float) -> bool:
         """See Wire.commit."""
 
-    def nudge(self) -> None:
-        """See Wire.nudge."""
-
     def close(self, why: str = "") -> None:
         """See Wire.close."""
 
@@ -158,12 +155,6 @@ class Client:
             return act(session)
         except SessionLost as error:
             raise Unavailable(f"{error}: lost twice in a row: try again later") from None
-
-    def nudge(self) -> None:
-        """Tell the daemon, if there is a connection, that a request will follow."""
-        session = self._session
-        if session is not None and session.transport.pid == os.getpid():
-            session.transport.nudge()
 
     def session(self, deadline: float) -> Session:
         """The live session, made anew when it was lost.

@@ -70,9 +70,6 @@ class FrontDoorWire:
         except KVStoreError:
             return False
 
-    def nudge(self) -> None:
-        """See Wire.nudge; grpcio's threads take longer than that."""
-
     def commit(self, lease: int, deadline: float) -> bool:
         """See Wire.commit; here the daemon says whether it held."""
         request = pb.CommitRequest(lease=lease)

@@ -43,7 +43,6 @@ AFTER_LENGTH = HEADER.size - 4
 READ_BYTES = 256 << 10
 NO_ANSWER = 0  # the number of requests that the daemon does not answer
 SPIN_S = 0.0003
-_NUDGE = HEADER.pack(AFTER_LENGTH, pb.VERB_UNSPECIFIED, 0, 0, NO_ANSWER)
 UNDO_S = 5.0  # for the daemon to take back what a caller that gave up was granted
 ABANDONED_S = 60.0  # a call that was given up and has no answer by then ends the connection
 
@@ -168,19 +167,6 @@ class Wire:
         connection, asks after it has read this.
         """
         return self._tell(pb.COMMIT, pb.CommitRequest(lease=lease), deadline)
-
-    def nudge(self) -> None:
-        """Wake the daemon: a request follows soon. It is up by the time that this end is ready."""
-        if not self._sending.acquire(blocking=False):
-            return  # a request is just leaving: that wakes it too
-        try:
-            sent = self._socket.send(_NUDGE) if self.dead is None else len(_NUDGE)
-        except OSError:
-            sent = len(_NUDGE)  # nothing has left
-        finally:
-            self._sending.release()
-        if sent < len(_NUDGE):
-            self.close("a request could not be sent as a whole")
 
     def _tell(self, verb: int, request: Any, deadline: float) -> bool:
         """Send a request that is not answered; False when the connection has ended by now."""

@@ -17,7 +17,7 @@ from kvstore.mover import Mover
 from kvstore.orders import IndexPut, Move, Outcome
 from kvstore.slots import NOBODY
 from kvstore.store import Store
-from kvstore.tiers.slot_table import COMMITTED, WRITING, SlotTable
+from kvstore.tiers.slot_table import COMMITTED, SlotTable
 from kvstore.types import SLOT_ALIGNMENT, Layout
 
 log = structlog.get_logger()
@@ -49,6 +49,7 @@ class Hands:
     def mark(self, store: Store, pages: Iterable[int]) -> None:
         """Write the slot table's records of these DRAM pages as the catalog has them now."""
         table, slots, catalog = self._table, store.room.dram, store.catalog
+        writing: list[int] = []
         for page in pages:
             slab = slots.slab_of(page)
             size = slots.slot_size(slab)
@@ -63,7 +64,7 @@ class Hands:
                     table.clear(offset)
                 continue
             if not catalog.flags[block] & READY:
-                table.write(offset, WRITING)  # what will be there is told when it is there
+                writing.append(offset)  # what will be there is told when it is there
                 continue
             sums = catalog.sums[block]
             store.placement.sequence += 1
@@ -75,6 +76,7 @@ class Hands:
                 sequence=store.placement.sequence,
                 checksum=xxh3_64_intdigest(sums) if sums else 0,
             )
+        table.write_writing(writing)
 
     def _assign(self, slab: int, slot_bytes: int) -> bool:
         """Have the table describe a slab anew. Where the system gives no room for that (a full

@@ -175,8 +175,6 @@ class Connection:
         self._hatch.busy_poll.served()
 
     def _request(self, verb: int, number: int, payload: bytes) -> None:
-        if verb == pb.VERB_UNSPECIFIED and number == NO_ANSWER:
-            return  # a nudge: whoever sent it is about to ask, and finds the loop awake
         if self._session is None:
             self._attach(verb, number, payload)
             return

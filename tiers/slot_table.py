@@ -53,7 +53,7 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +194,14 @@ class SlotTable:
         place = self._place(offset)
         body = _BODY.pack(state, len(hash), offset, sequence, checksum, pid, layout, hash)
         self._map[place : place + RECORD_BYTES] = _SUM.pack(xxh3(body) & 0xFFFFFFFF) + body
+
+    def write_writing(self, offsets: Iterable[int]) -> None:
+        """Say of many slots at once that something is being written there."""
+        table, pack, pack_sum, place = self._map, _BODY.pack, _SUM.pack, self._place
+        for offset in offsets:
+            body = pack(WRITING, 0, offset, 0, 0, 0, b"", b"")
+            start = place(offset)
+            table[start : start + RECORD_BYTES] = pack_sum(xxh3(body) & 0xFFFFFFFF) + body
 
     def clear(self, offset: int) -> None:
         """The slot at `offset` is empty; ValueError when no slot begins there."""

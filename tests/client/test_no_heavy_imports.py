@@ -48,7 +48,7 @@ def test_the_client_is_light() -> None:
     assert {"kvstore.client.wire", "google.protobuf", "numpy"} <= found
     assert sorted(found & set(HEAVY)) == []
     ours = {name for name in found if name.startswith("kvstore.") and name.count(".") == 1}
-    allowed = ("client", "protos", "errors", "types", "paths", "spin")
+    allowed = ("client", "protos", "errors", "mapping", "types", "paths", "spin")
     assert ours <= {f"kvstore.{name}" for name in allowed}
 
 
