@@ -324,7 +324,6 @@ class Wire:
                 if poll(0):
                     spin.found()
                     return True
-                os.sched_yield()  # the daemon may be waiting for this very processor
             spin.missed()
         left = deadline - time.monotonic()
         return bool(poll(left * 1e3 + 1 if left > 0 else 0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 
 from kvstore.spin import Spin
@@ -31,7 +30,6 @@ class BusyPoll:
 
     def _again(self) -> None:
         if time.monotonic() < self._until:
-            os.sched_yield()  # the client may be waiting for this very processor
             self._loop.call_soon(self._again)
         else:
             self._spinning = False

@@ -21,6 +21,8 @@ from kvstore.tiers.base import Tier
 from kvstore.tiers.dram import DramArena
 from kvstore.types import SLOT_ALIGNMENT
 
+NICE = 10
+
 Report = Callable[[Move, Outcome, str], None]
 
 
@@ -94,9 +96,9 @@ class Mover:
             return None
 
     def _work(self) -> None:
-        # A worker that wakes does not push the event loop off its processor.
+        # Where processors are scarce, the event loop and the clients go before the movers.
         with contextlib.suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         scratch: mmap | None = None
         while (move := self._next()) is not None:
             problem = ""
