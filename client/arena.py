@@ -113,6 +113,8 @@ def address_of(buffer: Any, size: int, what: str, *, writable: bool) -> int:
             f"{what} is a {type(buffer).__name__} that gives no buffer ({error}): give bytes, a "
             "numpy array of a plain dtype (array.view('u1')) or a CPU tensor"
         ) from None
+    if getattr(getattr(buffer, "dtype", None), "hasobject", False) or view.format == "O":
+        raise InvalidBlock(f"{what} holds Python objects, not bytes: give an array of numbers")
     if view.nbytes != size:
         raise InvalidBlock(f"{what} has {view.nbytes} bytes, this layout takes {size}")
     if not view.c_contiguous:

@@ -31,7 +31,7 @@ _IEC = {f"{letter}iB": 1 << 10 * power for power, letter in enumerate("KMGTP", 1
 _SI = {f"{letter}B": 1000**power for power, letter in enumerate("KMGTP", 1)}
 _BYTES = {name.lower(): Fraction(n) for name, n in (_IEC | _SI | {"B": 1, "": 1}).items()}
 _SECONDS = {"s": Fraction(1), "min": Fraction(60), "h": Fraction(3600), "d": Fraction(86_400)}
-_DURATION = _SECONDS | {"": Fraction(1), "ms": Fraction(1, 1000)}
+_DURATION = _SECONDS | {"": Fraction(1), "ms": Fraction(1, 10**3), "us": Fraction(1, 10**6)}
 _LISTEN = r"^$|^([\w.-]+|\[[\da-fA-F:.]+\]):\d{1,5}$"
 _NUMBER = re.compile(r"(-?[0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([A-Za-z]*)")
 

@@ -119,7 +119,8 @@ ADDRESSES = {
 }
 ENVIRON = {
     "DAEMON_RUN_DIR": "/run/other", "DAEMON_LOG_LEVEL": "debug", "DAEMON_LOG_FORMAT": "json",
-    "DAEMON_DRAIN_TIMEOUT": "5", "DRAM_PATH": "/dev/shm/other", "DRAM_SIZE": "32 MiB",
+    "DAEMON_BUSY_POLL": "50 us", "DAEMON_DRAIN_TIMEOUT": "5",
+    "DRAM_PATH": "/dev/shm/other", "DRAM_SIZE": "32 MiB",
     "DRAM_HUGEPAGES": "true", "DRAM_PREALLOCATE": "False", "DRAM_SLAB_SIZE": "2097152",
     "NVME_PATHS": "/mnt/a, /mnt/b", "NVME_SIZE": "67108864", "NVME_ENGINE": "posix",
     "NVME_WRITE_POLICY": "on-evict", "NVME_WRITE_BUDGET": "1 MiB/s", "NVME_SYNC_INTERVAL": "250 ms",

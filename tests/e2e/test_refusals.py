@@ -85,6 +85,10 @@ def test_bad_keys(filled: Cache, way: Callable[[Cache, Any], Any]) -> None:
         assert type(refused.value) is error
 
 
+def objects(kind: str) -> Any:
+    return np.zeros(SIZE // np.dtype(kind).itemsize, kind)
+
+
 def strided() -> Any:
     return np.zeros(2 * SIZE, "u1")[::2]
 
@@ -151,8 +155,26 @@ BAD_CALLS: list[Refusal] = [
         "buffer 0 is a list .*: give bytes, a numpy array",
     ),
     (
-        "dates for a block",
-        lambda cache: cache.put(NEW, [np.zeros(SIZE // 8, "M8[s]")] * 2),
+        "objects for a block",
+        lambda cache: cache.put(NEW, [objects("O")] * 2),
+        InvalidBlock,
+        "buffer 0 holds Python objects, not bytes: give an array of numbers",
+    ),
+    (
+        "into objects",
+        lambda cache: cache.get(KEYS, [memoryview(objects("O")) for _ in KEYS]),
+        InvalidBlock,
+        "buffer 0 holds Python objects, not bytes: give an array of numbers",
+    ),
+    (
+        "into records of objects",
+        lambda cache: cache.get(KEYS, [objects("O,i8") for _ in KEYS]),
+        InvalidBlock,
+        "buffer 0 holds Python objects, not bytes: give an array of numbers",
+    ),
+    (
+        "read-only dates for a block",
+        lambda cache: cache.put(NEW, [np.frombuffer(BLOCKS[0], "M8[s]")] * 2),
         InvalidBlock,
         r"buffer 0 is a ndarray .*array\.view\('u1'\)",
     ),
