@@ -14,7 +14,7 @@ from kvstore.client.places import Places
 from kvstore.client.reservation import NEW, PRESENT, REFUSED, Reservation
 from kvstore.errors import InvalidBlock, InvalidRequest, Unavailable
 from kvstore.protos import kvstore_pb2 as pb
-from kvstore.types import KEYS_PER_CALL_MAX, Layout, check_keys
+from kvstore.types import Layout, check_keys
 
 if TYPE_CHECKING:
     from kvstore.client.client import Client, Session
@@ -358,6 +358,3 @@ def _hints(hints: Mapping[str, str]) -> Any:
         finish_reason=hints.get("finish_reason", ""),
         tag=hints.get("tag", ""),
     )
-
-
-__all__ = ["KEYS_PER_CALL_MAX", "Cache", "GetResult", "Match", "PutResult"]

@@ -11,12 +11,11 @@ SUBBUCKETS = 8  # per doubling: percentiles are right within 9 %
 class Latency:
     """A histogram of durations in logarithmic buckets from 1 us."""
 
-    __slots__ = ("_buckets", "count", "sum_s")
+    __slots__ = ("_buckets", "count")
 
     def __init__(self) -> None:
         self._buckets: Counter[int] = Counter()
         self.count = 0
-        self.sum_s = 0.0
 
     def record(self, seconds: float, times: int = 1) -> None:
         """Count a duration."""
@@ -24,7 +23,6 @@ class Latency:
         shift = scaled.bit_length() - SUBBUCKETS.bit_length()
         self._buckets[shift * SUBBUCKETS + (scaled >> shift) - SUBBUCKETS] += times
         self.count += times
-        self.sum_s += seconds * times
 
     def percentile_ms(self, share: float) -> float | None:
         """The duration that this share of all did not exceed, in ms; None before the first."""
