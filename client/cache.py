@@ -12,7 +12,7 @@ from kvstore.client.arena import address_of
 from kvstore.client.grant import Grant, count_tiers
 from kvstore.client.places import Places
 from kvstore.client.reservation import NEW, PRESENT, REFUSED, Reservation
-from kvstore.errors import InvalidBlock, InvalidRequest, Unavailable
+from kvstore.errors import InvalidBlock, InvalidRequest, SessionLost, Unavailable
 from kvstore.protos import kvstore_pb2 as pb
 from kvstore.types import Layout, check_keys
 
@@ -274,12 +274,20 @@ class Cache:
     def _fill(self, session: Session, reply: Any, sources: list[int], shard: int | None) -> None:
         """Copy into the slots that were reserved, and commit."""
         places = Places(session.arena, self.layout, reply.offsets)
+        session.begin_write()
         try:
             places.copy_in(sources, shard)
         except BaseException:  # nobody could store these blocks while the lease lives
             Reservation(self.client, session, places, reply.lease, reply.status, shard).abort()
             raise
-        if not session.transport.commit(reply.lease, self.client.deadline()):
+        finally:
+            self.client.end_write(session)
+        commit = pb.CommitRequest(lease=reply.lease)
+        try:
+            done = session.transport.call(pb.COMMIT, commit, pb.CommitReply, self.client.deadline())
+        except SessionLost:
+            done = None
+        if done is None or not done.held:
             raise Unavailable(
                 f"the connection to {self.client.path} has ended: what this call had not committed "
                 "is not stored"

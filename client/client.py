@@ -6,7 +6,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -36,21 +36,27 @@ class Transport(Protocol):
     def release(self, lease: int, deadline: float) -> bool:
         """See Wire.release."""
 
-    def commit(self, lease: int, deadline: float) -> bool:
-        """See Wire.commit."""
+    def settle(self, sessions: Sequence[int], deadline: float) -> None:
+        """See Wire.settle."""
 
     def close(self, why: str = "") -> None:
         """See Wire.close."""
 
 
 def connect(
-    path: str | os.PathLike[str] | None = None, tenant: str = "default", timeout_s: float = 5.0
+    path: str | os.PathLike[str] | None = None,
+    tenant: str = "default",
+    timeout_s: float = 5.0,
+    *,
+    join: str | None = None,
 ) -> Client:
     """A client of the daemon of this host.
 
     path       the tenant's socket, kvstore.sock or grpc.sock; None: the default place
     tenant     whose socket, when no path is given
     timeout_s  the longest that a call may take, beyond the deadline that it may have itself
+    join       the `ticket` of another process's client: take part in its session. What that session
+               is given to write is then not given to others before this process has ended, too.
 
     Raises Unavailable when no daemon answers within that time, NotPermitted when the operating
     system refuses, ProtocolMismatch when the daemon speaks another version.
@@ -58,7 +64,7 @@ def connect(
     if not 0 < timeout_s <= TIMEOUT_S_MAX:
         raise InvalidRequest(f"timeout_s is {timeout_s!r}: give seconds, more than 0, up to a day")
     socket_path = Path(path) if path is not None else paths.socket_path(tenant)
-    client = Client(socket_path, timeout_s)
+    client = Client(socket_path, timeout_s, join)
     try:
         client.session(time.monotonic() + timeout_s)
     except BaseException:
@@ -75,14 +81,33 @@ class Session:
         self.attached = attached
         self.arena = arena
         self.layouts: dict[Layout, int] = {}  # as opened through this connection
+        self._writes = 0  # reservations that have not ended
+        self._lock = threading.Lock()
+
+    def begin_write(self) -> None:
+        """Somebody has been given slots to write."""
+        with self._lock:
+            self._writes += 1
+
+    def end_write(self) -> None:
+        """They are not written any more."""
+        with self._lock:
+            self._writes -= 1
+
+    @property
+    def writing(self) -> bool:
+        """Whether slots that were given through this session may still be written."""
+        return self._writes > 0
 
 
 class Client:
     """See `connect`. Every method may be called from any thread."""
 
-    def __init__(self, path: Path, timeout_s: float) -> None:
+    def __init__(self, path: Path, timeout_s: float, join: str | None = None) -> None:
         self.path = path
         self.timeout_s = timeout_s
+        self._join = _ticket(join)
+        self._ended: list[Session] = []  # lost; the daemon is told when nobody writes for them
         self._connecting = threading.Lock()
         self._session: Session | None = None
         self._arena: Arena | None = None
@@ -117,6 +142,23 @@ class Client:
         deadline = time.monotonic() + deadline_s
         reply = self.call(pb.VERIFY, pb.VerifyRequest(), pb.VerifyReply, deadline)
         return reply.checked, reply.damaged, reply.skipped
+
+    @property
+    def ticket(self) -> str:
+        """What `connect(join=...)` of another process takes to take part in this session, for as
+        long as it lasts: a lost connection begins a new one. It is a secret within the tenant."""
+        attached = self.session(self.deadline()).attached
+        return f"{attached.session}:{attached.token.hex()}"
+
+    def drain(self, session: int = 0, deadline_s: float = 3_600.0) -> tuple[bool, int]:
+        """End a session by its number, whose leases are void then; or, with 0, have every block
+        copied to NVMe whose copy is due, and wait for it.
+
+        Returns whether there was such a session, and how many blocks were due.
+        """
+        deadline = time.monotonic() + deadline_s
+        reply = self.call(pb.DRAIN, pb.DrainRequest(session=session), pb.DrainReply, deadline)
+        return reply.found, reply.written
 
     @property
     def arena(self) -> Arena | None:
@@ -202,6 +244,8 @@ class Client:
             raise Unavailable("this client was closed: connect again")
         if session is not None:
             session.transport.close()
+            self._session = None
+            self._ended.append(session)
         if self._refused is not None and time.monotonic() < self._refused[0]:
             raise Unavailable(str(self._refused[1]))
         try:
@@ -210,7 +254,25 @@ class Client:
             self._refused = (time.monotonic() + REFUSED_S, error)
             raise
         self._refused = None
+        self.settle()
         return self._session
+
+    def end_write(self, session: Session) -> None:
+        """Slots that this session was given are not written any more."""
+        session.end_write()
+        if session.transport.dead is not None:
+            self.settle()
+
+    def settle(self) -> None:
+        """Tell the daemon of sessions that were lost and that nobody writes for any more: the slots
+        that they had are free then. Never raises, never waits."""
+        session = self._session
+        if not self._ended or session is None or session.transport.dead is not None:
+            return
+        over = [one for one in self._ended if not one.writing]
+        self._ended = [one for one in self._ended if one not in over]
+        if over:
+            session.transport.settle([one.attached.session for one in over], self.deadline())
 
     def _attach(self, deadline: float) -> Session:
         left = max(0.001, deadline - time.monotonic())
@@ -223,7 +285,11 @@ class Client:
             transport = Wire(self.path, left)
         try:
             request = pb.AttachRequest(
-                protocol=types.PROTOCOL_VERSION, client="python", pid=os.getpid()
+                protocol=types.PROTOCOL_VERSION,
+                client="python",
+                pid=os.getpid(),
+                join=self._join[0],
+                token=self._join[1],
             )
             try:
                 attached = transport.call(pb.ATTACH, request, pb.AttachReply, deadline)
@@ -240,3 +306,13 @@ class Client:
             transport.close("attaching failed")
             raise
         return Session(transport, attached, arena)
+
+
+def _ticket(text: str | None) -> tuple[int, bytes]:
+    if text is None:
+        return 0, b""
+    number, _, token = text.partition(":")
+    try:
+        return int(number), bytes.fromhex(token)
+    except ValueError:
+        raise InvalidRequest("join is no ticket: give the `ticket` of a connected client") from None

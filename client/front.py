@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,10 @@ class FrontDoorWire:
         except KVStoreError:
             return False
 
-    def commit(self, lease: int, deadline: float) -> bool:
-        """See Wire.commit; here the daemon says whether it held."""
-        request = pb.CommitRequest(lease=lease)
-        return bool(self.call(pb.COMMIT, request, pb.CommitReply, deadline).held)
+    def settle(self, sessions: Sequence[int], deadline: float) -> None:
+        """See Wire.settle."""
+        with contextlib.suppress(KVStoreError):
+            self.call(pb.SETTLE, pb.SettleRequest(sessions=sessions), pb.SettleReply, deadline)
 
     def _attach(self, request: Any, deadline: float) -> Any:
         self._stream = self._stub.Attach(request)

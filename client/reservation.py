@@ -42,6 +42,8 @@ class Reservation:
         self.indices = [at for at, answer in enumerate(status) if answer == NEW]
         self.present = status.count(PRESENT)
         self.refused = status.count(REFUSED)
+        if lease:
+            session.begin_write()
 
     def __enter__(self) -> Reservation:
         return self
@@ -95,6 +97,7 @@ class Reservation:
     def _end(self, verb: int, request: Any, reply: Any) -> Any:
         lease, self._lease = self._lease, 0
         deadline = time.monotonic() + self._client.timeout_s
+        self._client.end_write(self._session)
         return self._session.transport.call(verb, request(lease=lease), reply, deadline)
 
     def _which(self, shard: int | None) -> int:

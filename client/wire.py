@@ -22,6 +22,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,13 +161,9 @@ class Wire:
         """
         return self._tell(pb.RELEASE, pb.ReleaseRequest(lease=lease), deadline)
 
-    def commit(self, lease: int, deadline: float) -> bool:
-        """Publish what was written under a lease; whether it held until now.
-
-        Nobody waits for an answer, as above. Whoever asks the daemon later, through whichever
-        connection, asks after it has read this.
-        """
-        return self._tell(pb.COMMIT, pb.CommitRequest(lease=lease), deadline)
+    def settle(self, sessions: Sequence[int], deadline: float) -> None:
+        """Say of sessions that have ended that nothing they were given is written any more."""
+        self._tell(pb.SETTLE, pb.SettleRequest(sessions=sessions), deadline)
 
     def _tell(self, verb: int, request: Any, deadline: float) -> bool:
         """Send a request that is not answered; False when the connection has ended by now."""

@@ -16,7 +16,7 @@ from kvstore.types import SLOT_ALIGNMENT, Layout
 
 NOWHERE = 0xFFFFFFFF
 
-# What is true of a block, as bits of one byte.
+# What is true of a block, as bits of two bytes.
 READY = 1  # its bytes in DRAM are complete: may be read
 STORED = 2  # its bytes on NVMe are complete
 WRITING = 4  # a client writes its DRAM slot
@@ -25,6 +25,7 @@ SPILLING = 16  # a move writes its NVMe slot from DRAM
 DOOMED = 32  # forgotten, but its slots are still in use: freed with the last hold
 FRESH = 64  # loaded for an acquire that has not been answered yet
 TWICE = 128  # asked for again since it was stored
+UNPROVEN = 256  # READY, but found after a restart: checked against its checksum before it is read
 
 
 class LayoutEntry:
@@ -83,11 +84,13 @@ class Catalog:
         self.layouts: list[LayoutEntry] = []
         self.keys: list[bytes | None] = []
         self.layout = array("H")
-        self.flags = bytearray()
+        self.flags = array("H")
         self.dram = array("I")  # page of its DRAM slot
         self.nvme = array("I")  # page of its NVMe slot
         self.pins = array("I")  # read leases, and moves out of its DRAM slot
         self.sums = Sums()
+        self.proofs: dict[int, int] = {}  # UNPROVEN block -> what `checksums.digest` must give
+        self.writers: dict[int, int] = {}  # WRITING block -> number of the session that writes it
         self._unused: list[int] = []
         self._dropped: list[int] = []  # unused rows that somebody may still remember
 
@@ -170,7 +173,7 @@ class Catalog:
         sums.clear()
         self.keys.extend(keys)
         self.layout.extend(array("H", [entry.number]) * count)
-        self.flags.extend(bytes([STORED]) * count)
+        self.flags.extend(array("H", [STORED]) * count)
         self.dram.extend(array("I", [NOWHERE]) * count)
         self.pins.extend(array("I", bytes(4 * count)))
         rows = list(range(first, first + count))  # the same objects for all who remember them

@@ -11,6 +11,11 @@ from xxhash import xxh3_64_intdigest
 SUM_BYTES = 8
 
 
+def digest(sums: bytes) -> int:
+    """One number for the sums of all shards of a block; 0 stands for none."""
+    return xxh3_64_intdigest(sums)
+
+
 def seed(fingerprint: bytes, hash: bytes, shard: int) -> int:
     """The seed for one shard of the block with this hash under this layout."""
     return xxh3_64_intdigest(fingerprint + hash + shard.to_bytes(4, "little"))

@@ -18,7 +18,7 @@ import click
 from rich.console import Group
 from rich.table import Table
 
-from kvstore import __version__, cli_stats, types
+from kvstore import __version__, cli_service, cli_stats, types
 from kvstore.client import Cache, Client, Layout, connect
 from kvstore.errors import InvalidConfig, InvalidRequest, KVStoreError, Unavailable
 
@@ -433,6 +433,11 @@ def _retain(
             for at in range(0, len(hashes), step)
         )
     click.echo(f"{verb} {kept:,} of {len(hashes):,} blocks")
+
+
+for _command in (cli_service.service, *cli_service.service.commands.values()):
+    where(_command)
+cli.add_command(cli_service.service)
 
 
 if __name__ == "__main__":

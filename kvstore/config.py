@@ -6,15 +6,12 @@ is the remedy that its errors name; a parser raises ValueError("what is wrong: w
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import grp
-import math
 import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,95 +20,13 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
 
 from kvstore import paths
 from kvstore.errors import InvalidConfig
+from kvstore.limits import Limits as Bounds
+from kvstore.tiers.faults import VERBS, Fault, FaultPlan, Rate
 from kvstore.types import GIB, KEYS_PER_CALL_MAX, KIB, MIB, SLOT_ALIGNMENT
+from kvstore.units import Quota, format_size, parse_chance, parse_duration, parse_rate, parse_size
 
 DRAM_BYTES_MIN = 8 * MIB
-SECONDS_MAX = 10 * 366 * 86_400  # ten years: longer is a mistake, and timers overflow
-_IEC = {f"{letter}iB": 1 << 10 * power for power, letter in enumerate("KMGTP", 1)}
-_SI = {f"{letter}B": 1000**power for power, letter in enumerate("KMGTP", 1)}
-_BYTES = {name.lower(): Fraction(n) for name, n in (_IEC | _SI | {"B": 1, "": 1}).items()}
-_SECONDS = {"s": Fraction(1), "min": Fraction(60), "h": Fraction(3600), "d": Fraction(86_400)}
-_DURATION = _SECONDS | {"": Fraction(1), "ms": Fraction(1, 10**3), "us": Fraction(1, 10**6)}
 _LISTEN = r"^$|^([\w.-]+|\[[\da-fA-F:.]+\]):\d{1,5}$"
-_NUMBER = re.compile(r"(-?[0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([A-Za-z]*)")
-
-
-def _number(value: object, units: Mapping[str, Fraction], wrong: str) -> Fraction:
-    match = _NUMBER.fullmatch(value.strip()) if isinstance(value, str) else None
-    if match and match[2].lower() in units:
-        return Fraction(match[1]) * units[match[2].lower()]
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return Fraction(value)
-    raise ValueError(wrong)
-
-
-def parse_size(value: object) -> int:
-    """Bytes from "64 GiB", "1.5 TB", "0" or an integer."""
-    hint = 'write it like "64 GiB", "500 GB" or a whole number of bytes'
-    count = _number(value, _BYTES, f"is not a size: {hint}")
-    if count.denominator != 1 or not 0 <= count < 1 << 63:
-        raise ValueError(f"is not a whole number of bytes from 0 to 8 EiB: {hint}")
-    return int(count)
-
-
-def format_size(count: int) -> str:
-    """The shortest exact text that `parse_size` reads back as `count`."""
-    for name, unit in reversed(_IEC.items()):
-        if count and count % unit == 0:
-            return f"{count // unit} {name}"
-    return f"{count} B" if count else "0"
-
-
-def parse_duration(value: object) -> float:
-    """Seconds from "10 min", "250 ms" or a number of seconds."""
-    hint = 'write it like "10 min", "1 s", "250 ms", "2 h", "1 d" or a number of seconds'
-    seconds = _number(value, _DURATION, f"is not a duration: {hint}")
-    if not 0 <= seconds <= SECONDS_MAX:
-        raise ValueError(f"is not between 0 and ten years: {hint}")
-    return float(seconds)
-
-
-def parse_rate(value: object) -> float | None:
-    """Bytes per second from "2 TiB/day"; None for "unlimited"."""
-    text = value.strip().lower() if isinstance(value, str) else ""
-    if text == "unlimited":
-        return None
-    amount, _, unit = (part.strip() for part in text.partition("/"))
-    unit = {"day": "d", "hour": "h", "sec": "s"}.get(unit, unit)
-    wrong = 'is not a rate: write it like "2 TiB/day", "500 MB/s" or "unlimited"'
-    if unit not in _SECONDS:
-        raise ValueError(wrong)
-    rate = _number(amount, _BYTES, wrong) / _SECONDS[unit]
-    if not 0 < rate < 1 << 63:
-        raise ValueError('is no rate of writing: set nvme.size = "0" to have no NVMe tier')
-    return float(rate)
-
-
-@dataclasses.dataclass(frozen=True)
-class Quota:
-    """A tenant's part of a tier: a share of it, or a number of bytes."""
-
-    text: str
-    share: Fraction | None
-    size: int = 0
-
-    @classmethod
-    def parse(cls, value: object) -> Quota | None:
-        """From "50%" or a size; None (not set) stays None."""
-        if value is None:
-            return None
-        if isinstance(value, str) and value.strip().endswith("%"):
-            wrong = 'is not a percentage of 0 to 100: write it like "50%"'
-            share = _number(value.strip()[:-1], {"": Fraction(1, 100)}, wrong)
-            if not 0 <= share <= 1:
-                raise ValueError(wrong)
-            return cls(value.strip(), share)
-        _number(value, _BYTES, 'is not a quota: write it like "50%" or "64 GiB"')
-        return cls(format_size(parse_size(value)), None, parse_size(value))
-
-    def of(self, total: int) -> int:
-        """Bytes of a tier that has `total`."""
-        return self.size if self.share is None else int(self.share * total)
 
 
 def room(path: Path) -> tuple[int, int]:
@@ -164,6 +79,13 @@ def _folders(value: object) -> tuple[Path, ...]:
     return found
 
 
+def _part(value: object) -> Quota:
+    found = Quota.parse(value)
+    if found is None or (not found.share and not found.size):
+        raise ValueError('is no part of the arena: write it like "50%" or "4 GiB"')
+    return found
+
+
 def _whole(default: int, most: int) -> Any:
     return Field(default, ge=1, le=most, description=f"a whole number of 1 to {most}")
 
@@ -171,6 +93,8 @@ def _whole(default: int, most: int) -> Any:
 Seconds = Annotated[float, BeforeValidator(parse_duration)]
 Folder = Annotated[Path, BeforeValidator(_folder)]
 AutoSize = Annotated[int, BeforeValidator(_size_or_auto)]
+Chance = Annotated[float, BeforeValidator(parse_chance)]
+Part = Annotated[Quota, PlainValidator(_part)]
 QuotaField = Annotated[Quota | None, PlainValidator(Quota.parse)]
 Origins = dict[str, str]  # dotted key -> the variable that set it
 Trouble = tuple[str, str, str]  # dotted key, value, "what is wrong: what to do"
@@ -215,6 +139,7 @@ class Nvme(Section):
     write_policy: Literal["through", "on-evict", "second-touch"] = "through"  # survives a reboot
     write_budget: Annotated[float | None, PlainValidator(parse_rate)] = "unlimited"  # type: ignore[assignment]
     sync_interval: Seconds = Field(default=1.0, ge=0.001, le=3600, description='"1 ms" to "1 h"')
+    hang_timeout: Seconds = Field(default=5.0, ge=0.05, le=3600, description='"50 ms" to "1 h"')
     threads: int = _whole(8, 256)  # enough in flight for one device
     queue_depth: int = _whole(32, 65_536)  # moves waiting, per tenant; more are refused
 
@@ -257,6 +182,12 @@ class Limits(Section):
 
     keys_per_call: int = _whole(KEYS_PER_CALL_MAX, KEYS_PER_CALL_MAX)
     leases_per_session: int = _whole(4096, 1 << 20)
+    leases_per_tenant: int = _whole(65_536, 1 << 24)
+    # Most hosts run one engine: it may lease all. Lower them where engines share a tenant.
+    bytes_per_session: Part = "100%"  # type: ignore[assignment]
+    bytes_per_tenant: Part = "100%"  # type: ignore[assignment]
+    requests_per_s: int = _whole(200_000, 1 << 30)  # several times what a client gets answered
+    requests_per_s_tenant: int = _whole(500_000, 1 << 30)
     sessions: int = _whole(1024, 65_536)
     layouts: int = _whole(256, 65_536)
 
@@ -269,6 +200,40 @@ class Tenant(Section):
     nvme_quota: QuotaField = None
 
 
+class Faults(Section):
+    """For soak runs only, and not shown unless set: chances that NVMe operations go wrong."""
+
+    seed: int = Field(default=0, ge=0, description="a whole number")
+    read_error: Chance = 0.0
+    write_error: Chance = 0.0
+    sync_error: Chance = 0.0
+    enospc: Chance = 0.0
+    short: Chance = 0.0
+    torn: Chance = 0.0
+    flip: Chance = 0.0
+    slow: Chance = 0.0
+    latency: Seconds = 0.05  # of what is slow
+    hang: Chance = 0.0
+    hang_time: Seconds = 10.0  # 0: for ever
+
+    @property
+    def plan(self) -> FaultPlan | None:
+        """What is to go wrong; None when nothing is."""
+        rates = [Rate(Fault.EIO, getattr(self, f"{verb}_error"), verb) for verb in VERBS[:3]]
+        rates += [Rate(one, getattr(self, one.value)) for one in Fault if one is not Fault.EIO]
+        rates = [rate for rate in rates if rate.chance]
+        return (
+            FaultPlan(
+                rates=tuple(rates),
+                seed=self.seed,
+                slow_s=self.latency,
+                hang_s=self.hang_time or None,
+            )
+            if rates
+            else None
+        )
+
+
 class Config(Section):
     """The whole tree. `load` and `parse` give one that was checked against this host."""
 
@@ -279,6 +244,7 @@ class Config(Section):
     eviction: Eviction = Field(default_factory=Eviction)
     metrics: Metrics = Field(default_factory=Metrics)
     limits: Limits = Field(default_factory=Limits)
+    faults: Faults = Field(default_factory=Faults)
     tenants: Annotated[
         dict[str, Tenant], AfterValidator(lambda given: {"default": Tenant()} | given)
     ] = Field(default_factory=dict)
@@ -293,6 +259,20 @@ class Config(Section):
     def tenant_dram_bytes(self, name: str) -> int:
         """The tenant's quota of DRAM in whole slabs."""
         return self._quota_bytes("dram", self.dram.size)[name]
+
+    def bounds(self, arena_bytes: int) -> Bounds:
+        """Those of a tenant with so much DRAM. A part of it is a slab at least."""
+        limits = self.limits
+        return Bounds(
+            leases_per_session=limits.leases_per_session,
+            sessions=limits.sessions,
+            layouts=limits.layouts,
+            leases_per_tenant=limits.leases_per_tenant,
+            bytes_per_session=max(self.slab_bytes, limits.bytes_per_session.of(arena_bytes)),
+            bytes_per_tenant=max(self.slab_bytes, limits.bytes_per_tenant.of(arena_bytes)),
+            requests_per_s=limits.requests_per_s,
+            requests_per_s_tenant=limits.requests_per_s_tenant,
+        )
 
     def tenant_nvme_bytes(self, name: str) -> int:
         """The tenant's quota of NVMe in whole slabs."""
@@ -323,6 +303,8 @@ class Config(Section):
         ]
         if self.eviction.policy == "relevance" and "policy" in self.eviction.model_fields_set:
             found.append("eviction.policy = 'relevance': not in this build yet: lru runs instead")
+        if self.faults.plan:
+            found.append("[faults] is set: NVMe operations fail on purpose: for soak runs only")
         return found
 
     def describe(self) -> str:
@@ -341,7 +323,8 @@ class Config(Section):
 
 
 _SECTIONS: dict[str, type[Section]] = {
-    one.__name__.lower(): one for one in (Daemon, Dram, Nvme, Hbm, Eviction, Metrics, Limits)
+    one.__name__.lower(): one
+    for one in (Daemon, Dram, Nvme, Hbm, Eviction, Metrics, Limits, Faults)
 } | {"tenants": Tenant}
 _UNSET = {"dram.slab_size": "auto", "nvme.write_budget": "unlimited"}  # what None means
 _RELOADABLE = r"daemon\.log_level|nvme\.write_(policy|budget)|eviction\.idle_after|limits\..*"
@@ -485,6 +468,8 @@ def _impossible_quotas(config: Config, tier: str, total: int) -> Iterator[Troubl
 
 def _flat(config: Config) -> dict[str, Any]:
     parts = {name: getattr(config, name) for name in _SECTIONS if name not in ("hbm", "tenants")}
+    if not config.faults.model_fields_set:
+        del parts["faults"]
     parts |= {f"tenants.{name}": one for name, one in config.tenants.items()}
     return {f"{name}.{key}": value for name, part in parts.items() for key, value in part}
 

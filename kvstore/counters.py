@@ -58,6 +58,7 @@ class Counters:
 
     requests: Counter[str] = dataclasses.field(default_factory=Counter)
     errors: Counter[str] = dataclasses.field(default_factory=Counter)
+    limited: Counter[str] = dataclasses.field(default_factory=Counter)  # by the limit that was met
     asked: int = 0
     hit: int = 0
     miss: int = 0

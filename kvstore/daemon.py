@@ -26,6 +26,7 @@ from kvstore.config import Config, load, reloadable_changes
 from kvstore.errors import KVStoreError
 from kvstore.notify import notify, watchdog_interval_s
 from kvstore.tenant import Tenant
+from kvstore.turns import Turns
 
 SWITCH_INTERVAL_S = 0.0005  # mover threads give the interpreter up soon when the loop wants it
 TICK_S = 0.5
@@ -107,11 +108,11 @@ class Daemon:
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         for warning in self._config.warnings():
             log.warning(warning)
-        busy_poll = BusyPoll(loop, self._config.daemon.busy_poll)
+        busy_poll, turns = BusyPoll(loop, self._config.daemon.busy_poll), Turns()
         for name in self._config.tenants:
             tell = functools.partial(self._tell, name)
             self._tenants[name] = Tenant(
-                name, self._config, self._generation, __version__, tell, busy_poll
+                name, self._config, self._generation, __version__, tell, busy_poll, turns
             )
         for tenant in self._tenants.values():
             await tenant.start()
@@ -141,7 +142,7 @@ class Daemon:
         while True:
             await asyncio.sleep(min(TICK_S, interval or TICK_S))
             for tenant in self._tenants.values():
-                tenant.service.tick()
+                tenant.tick()
             if interval is not None and time.monotonic() - told >= interval:
                 told = time.monotonic()
                 notify("WATCHDOG=1")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from kvstore.errors import InvalidLayout
 from kvstore.hands import describe
 from kvstore.index import Index, Loaded
 from kvstore.store import Store
+from kvstore.tiers.faults import FaultPlan, FaultyTier
 from kvstore.tiers.nvme import NvmeFiles
 from kvstore.types import Layout
 
@@ -29,13 +31,15 @@ log = structlog.get_logger()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiskConfig:
-    """Where a tenant's NVMe files are. `size_bytes` is the sum over all folders."""
+    """Where a tenant's NVMe files are. `size_bytes` is the sum over all folders, `faults` what goes
+    wrong on purpose."""
 
     tenant: str
     folders: tuple[Path, ...]
     size_bytes: int
     slab_bytes: int
     sync_interval_s: float
+    faults: FaultPlan | None = None
 
 
 class Disk:
@@ -46,7 +50,7 @@ class Disk:
     def __init__(self, config: DiskConfig, opened: Callable[[Index, Loaded], None]) -> None:
         self._config = config
         self._opened = opened
-        self.files: NvmeFiles | None = None
+        self.files: NvmeFiles | FaultyTier | None = None
         self.index: Index | None = None
         self.capacity_bytes = config.size_bytes
 
@@ -54,14 +58,15 @@ class Disk:
         """Open files and index, and hand what they hold to `opened`. OSError when that fails."""
         config = self._config
         for folder in config.folders:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _make_durably(folder)
         files = NvmeFiles.open(config.folders, config.size_bytes, config.slab_bytes)
+        tier = files if config.faults is None else FaultyTier(files, config.faults)
         try:
             index = Index(
                 config.folders[0],
                 file_ids=files.file_ids,
                 sync_interval_s=config.sync_interval_s,
-                before_commit=files.sync,
+                before_commit=tier.sync,
                 on_state=self._index_state,
             )
         except BaseException:
@@ -69,7 +74,7 @@ class Disk:
             raise
         for warning in (*files.warnings, *index.warnings):
             log.warning(warning, tenant=config.tenant)
-        self.files, self.index = files, index
+        self.files, self.index = tier, index
         self._opened(index, index.load())
 
     def read(self, offset: int, into: memoryview) -> None:
@@ -95,7 +100,7 @@ class Disk:
         if self.files is not None:
             self.files.close()
 
-    def _there(self) -> NvmeFiles:
+    def _there(self) -> NvmeFiles | FaultyTier:
         if self.files is None:
             raise OSError(errno.ENODEV, "the NVMe files are not open", str(self._config.folders[0]))
         return self.files
@@ -105,6 +110,18 @@ class Disk:
             log.error("NVMe index cannot be written", tenant=self._config.tenant, problem=problem)
         else:
             log.warning("NVMe index is written again", tenant=self._config.tenant)
+
+
+def _make_durably(folder: Path) -> None:
+    """Make a folder that a power cut cannot take back, with all that was synced inside."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for one in missing:
+        parent = os.open(one.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(parent)
+        finally:
+            os.close(parent)
 
 
 def adopt(store: Store, index: Index, loaded: Loaded, tenant: str, now: float) -> int:

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvstore import paths
-from kvstore.config import Config, format_size, room
+from kvstore.config import Config, room
 from kvstore.errors import InvalidConfig
 from kvstore.types import KIB, MIB, SLOT_ALIGNMENT
+from kvstore.units import format_size
 
 Status = Literal["ok", "warn", "fail"]
 PYTHON_MIN = (3, 11)

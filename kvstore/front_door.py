@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
-import secrets
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,21 @@ from typing import Any
 import grpc
 import structlog
 
-from kvstore.errors import GRPC_STATUS, InternalError, KVStoreError, SessionLost
-from kvstore.hatch import FRAME_BYTES_MAX
+from kvstore.errors import GRPC_STATUS, InternalError, InvalidRequest, KVStoreError, SessionLost
+from kvstore.hatch import FRAME_BYTES_MAX, LONG_VERBS, UNATTACHED_MAX
 from kvstore.leases import Session
 from kvstore.peers import Peer
+from kvstore.processes import Processes
 from kvstore.protos import kvstore_pb2 as pb
 from kvstore.protos import kvstore_pb2_grpc as pb_grpc
 from kvstore.service import Service
+from kvstore.turns import Share
 
 SESSION_ENTRY = "kvstore-session-bin"
 ERROR_ENTRY = "kvstore-error"
+METADATA_BYTES_MAX = 16 << 10
+CALLS_PER_CONNECTION_MAX = 128  # a stream of a session among them; more wait at the client's end
+CALLS_MAX = 4_096  # of all connections, beside the streams of sessions; more are refused
 
 # How the grant of a call whose caller has gone is undone.
 _UNDO: dict[int, tuple[int, Any]] = {
@@ -42,6 +47,7 @@ class _Attached:
     """A session, and the calls of it that wait for their answers."""
 
     session: Session
+    over: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
     waiting: set[asyncio.Future[Any]] = dataclasses.field(default_factory=set)
     ended: bool = False
 
@@ -49,18 +55,32 @@ class _Attached:
 class FrontDoor:
     """The gRPC server of one tenant."""
 
-    def __init__(self, service: Service, path: Path, *, gid: int | None) -> None:
+    def __init__(
+        self,
+        service: Service,
+        processes: Processes,
+        path: Path,
+        *,
+        gid: int | None,
+        share: Share,
+    ) -> None:
         self._service = service
+        self._processes = processes
         self._path = path
         self._gid = gid
+        self._share = share
         self._sessions: dict[bytes, _Attached] = {}
         self._loop = asyncio.get_running_loop()
+        sessions = service.store.limits.sessions
         self._server: Any = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", FRAME_BYTES_MAX),
+                ("grpc.max_metadata_size", METADATA_BYTES_MAX),
+                ("grpc.max_concurrent_streams", CALLS_PER_CONNECTION_MAX),
+                ("grpc.max_allowed_incoming_connections", sessions + UNATTACHED_MAX),
                 ("grpc.so_reuseport", 0),
             ],
-            maximum_concurrent_rpcs=4_096,
+            maximum_concurrent_rpcs=sessions + CALLS_MAX,
         )
         pb_grpc.add_KVStoreServicer_to_server(self._servicer(), self._server)
 
@@ -81,6 +101,13 @@ class FrontDoor:
         await self._server.stop(grace=0)
         self._path.unlink(missing_ok=True)
 
+    def end(self, number: int) -> bool:
+        """End a session; False when none is of that number."""
+        found = [one for one in self._sessions.values() if one.session.number == number]
+        for attached in found:
+            attached.over.set()
+        return bool(found)
+
     def _servicer(self) -> Any:
         servicer = pb_grpc.KVStoreServicer()
         setattr(servicer, "Attach", self._attach)  # noqa: B010  # the class is generated
@@ -91,32 +118,30 @@ class FrontDoor:
 
     async def _attach(self, request: Any, context: Any) -> AsyncIterator[Any]:
         try:
+            if request.join:
+                raise InvalidRequest("a session is joined through the hatch: kvstore.sock")
             session, reply = self._service.attach(request)
         except KVStoreError as error:
             await self._abort(context, error)
             return
-        peer = Peer(self._loop, request.pid, claimed=True)
-        token = secrets.token_bytes(16)
+        self._processes.joined(session.number, Peer(self._loop, request.pid, claimed=True))
+        token = session.token
         attached = self._sessions[token] = _Attached(session)
         log.info("client attached", session=session.number, door="front", pid=request.pid)
         try:
-            reply.token = token
             yield reply
-            await asyncio.Event().wait()  # until the client, or the server, ends the stream
+            await attached.over.wait()  # or until the client, or the server, ends the stream
         finally:
             del self._sessions[token]
             attached.ended = True
             for late in attached.waiting:
                 if not late.done():
                     late.set_result(SessionLost("the session has ended: call Attach again"))
-            blocks = self._service.detach(session)
+            # Without a process to watch, what it was writing stays as it is until it says so.
+            self._processes.ended(session.number, self._service.detach(session))
             log.info("client gone", session=session.number, door="front")
-            if blocks:
-                # Without a process to watch they stay quarantined until the daemon restarts.
-                log.warning("slots quarantined", pid=request.pid, slots=len(blocks))
-                peer.when_gone(lambda: self._service.unquarantine(blocks))
-            else:
-                peer.close()
+            if self._service.doors is not None:
+                self._service.doors.end(session.number)  # who has joined it
 
     def _handler(self, verb: int) -> Any:
         async def handle(request: Any, context: Any) -> Any:
@@ -130,7 +155,10 @@ class FrontDoor:
                     else:
                         late.set_result(message)
 
+                await self._turn(attached, verb, request.ByteSize())
+                started = time.monotonic()
                 reply = self._service.handle(attached.session, verb, request, answer)
+                self._share.took(attached.session, started, time.monotonic())
                 self._loop.call_soon(self._service.settle)
                 if reply is None:
                     reply = await self._late(attached, verb, late)
@@ -164,6 +192,15 @@ class FrontDoor:
             raise
         finally:
             attached.waiting.discard(late)
+
+    async def _turn(self, attached: _Attached, verb: int, request_bytes: int) -> None:
+        """Wait until the request may be carried out."""
+        long, bucket = verb in LONG_VERBS, attached.session.bucket
+        while pause_s := self._share.wait_s(attached.session, bucket, request_bytes, long=long):
+            await asyncio.sleep(pause_s)  # nobody tells: it is time that is due
+            if attached.ended:
+                raise SessionLost("the session has ended: call Attach again")
+        self._share.paid(bucket, request_bytes)
 
     def _undo(self, attached: _Attached, verb: int, reply: Any) -> None:
         """Nobody will hear of this answer: what it grants goes back."""

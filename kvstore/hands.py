@@ -6,13 +6,15 @@ import asyncio
 import dataclasses
 import json
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import structlog
-from xxhash import xxh3_64_intdigest
 
+from kvstore.adoption import Notes
 from kvstore.catalog import READY, LayoutEntry
+from kvstore.checksums import digest
 from kvstore.index import Index
+from kvstore.leases import NO_SESSION
 from kvstore.mover import Mover
 from kvstore.orders import IndexPut, Move, Outcome
 from kvstore.slots import NOBODY
@@ -26,12 +28,13 @@ Ended = tuple[Move, Outcome, str]
 
 
 class Hands:
-    """Carries out orders. Without an NVMe tier there is no `mover`, and no index; while the tier
-    cannot be opened there is no index, and nothing to put in it."""
+    """Carries out orders. Without an NVMe tier there is no index, and nothing to put in it; so it
+    is while the tier cannot be opened."""
 
-    def __init__(self, table: SlotTable) -> None:
+    def __init__(self, table: SlotTable, notes: Notes) -> None:
         self.mover: Mover | None = None
         self._table = table
+        self._notes = notes
         self._problem = ""
         self._index: Index | None = None
         self._described: set[int] = set()
@@ -43,13 +46,13 @@ class Hands:
 
     def move(self, moves: list[Move]) -> None:
         """Queue moves with the mover."""
-        assert self.mover is not None, "a move was ordered without an NVMe tier"
+        assert self.mover is not None, "a move was ordered before the mover was there"
         self.mover.submit(moves)
 
     def mark(self, store: Store, pages: Iterable[int]) -> None:
         """Write the slot table's records of these DRAM pages as the catalog has them now."""
         table, slots, catalog = self._table, store.room.dram, store.catalog
-        writing: list[int] = []
+        writing: list[tuple[int, int, bytes]] = []
         for page in pages:
             slab = slots.slab_of(page)
             size = slots.slot_size(slab)
@@ -64,9 +67,11 @@ class Hands:
                     table.clear(offset)
                 continue
             if not catalog.flags[block] & READY:
-                writing.append(offset)  # what will be there is told when it is there
+                # What will be there is told when it is there.
+                writer = catalog.writers.get(block, NO_SESSION)
+                writing.append((offset, writer, catalog.entry(block).fingerprint))
                 continue
-            sums = catalog.sums[block]
+            sums, proof = catalog.sums[block], catalog.proofs.get(block, 0)
             store.placement.sequence += 1
             table.write(
                 offset,
@@ -74,13 +79,14 @@ class Hands:
                 layout=catalog.entry(block).fingerprint,
                 hash=catalog.keys[block] or b"",
                 sequence=store.placement.sequence,
-                checksum=xxh3_64_intdigest(sums) if sums else 0,
+                checksum=digest(sums) if sums else proof,
             )
         table.write_writing(writing)
 
     def _assign(self, slab: int, slot_bytes: int) -> bool:
         """Have the table describe a slab anew. Where the system gives no room for that (a full
-        tmpfs, no descriptor left) its blocks are served all the same, but not after a crash."""
+        tmpfs, no descriptor left) its blocks are served all the same, but after a crash nothing is:
+        a slot that is being written would look free."""
         problem = ""
         try:
             self._table.assign(slab, slot_bytes)
@@ -90,12 +96,20 @@ class Hands:
             self._problem = problem
             if problem:
                 log.error("slot table cannot be written", problem=problem)
+                self._table.spoil()
             else:
                 log.warning("slot table is written again")
         return not problem
 
+    def touch(self, store: Store, pages: Sequence[int]) -> None:
+        """Note in the slot table that these DRAM pages were used, the last one last."""
+        first = store.placement.sequence + 1
+        store.placement.sequence += len(pages)
+        self._table.touch([page * SLOT_ALIGNMENT for page in pages], first)
+
     def layout(self, entry: LayoutEntry) -> None:
-        """Queue the layout's description for the NVMe index, once."""
+        """Note the layout's description beside the slot table, and queue it for the NVMe index."""
+        self._notes.add_layout(entry.layout)
         if self._index is not None and entry.number not in self._described:
             self._described.add(entry.number)
             self._index.put_layout(entry.number, describe(entry.layout))

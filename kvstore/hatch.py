@@ -17,6 +17,7 @@ import asyncio
 import os
 import socket
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,12 @@ import structlog
 from kvstore.busy_poll import BusyPoll
 from kvstore.errors import InternalError, InvalidRequest, KVStoreError
 from kvstore.leases import Session
+from kvstore.limits import Bucket
 from kvstore.peers import Peer
+from kvstore.processes import Processes
 from kvstore.protos import kvstore_pb2 as pb
 from kvstore.service import Service
+from kvstore.turns import TURN_S, Share
 
 HEADER = struct.Struct("<IBBHI")
 AFTER_LENGTH = HEADER.size - 4
@@ -38,6 +42,7 @@ UNSENT_BYTES_MAX = 16 << 20  # a client that does not read its answers is cut of
 READ_BYTES = 256 << 10
 ATTACH_S = 10.0  # a connection that has not attached by then is closed
 UNATTACHED_MAX = 64  # connections beyond the number of sessions that may be
+LONG_VERBS = (pb.CLEAR, pb.VERIFY)  # they look at every block
 ACCEPT_AGAIN_S = 0.2  # after the system refused to give us a connection
 
 log = structlog.get_logger()
@@ -47,10 +52,20 @@ class Hatch:
     """The listening socket of one tenant, and its connections."""
 
     def __init__(
-        self, service: Service, path: Path, *, gid: int | None, busy_poll: BusyPoll
+        self,
+        service: Service,
+        processes: Processes,
+        path: Path,
+        *,
+        gid: int | None,
+        busy_poll: BusyPoll,
+        share: Share,
     ) -> None:
         self._service = service
+        self.processes = processes
         self.busy_poll = busy_poll
+        self.share = share
+        self._accepting = False
         self._loop = asyncio.get_running_loop()
         self.path = path
         self.connections: set[Connection] = set()
@@ -74,11 +89,32 @@ class Hatch:
         for connection in list(self.connections):
             connection.close("the daemon stops")
 
+    def end(self, number: int, why: str) -> bool:
+        """End a session and all its connections; False when none is of that number."""
+        found = [one for one in self.connections if one.session_number == number]
+        for connection in found:
+            connection.close(why, whole_session=True)
+        return bool(found)
+
     def _listen(self) -> None:
         if self._socket.fileno() >= 0:
             self._loop.add_reader(self._socket, self._accept)
 
     def _accept(self) -> None:
+        """Accept one client, when it is its turn."""
+        if not self._accepting:
+            self._accepting = True
+            self.share.later(self._accept_now)
+
+    def _accept_now(self) -> None:
+        self._accepting = False
+        if self._socket.fileno() < 0:
+            return
+        started = time.monotonic()
+        self._accept_one()
+        self.share.took(self, started, time.monotonic())
+
+    def _accept_one(self) -> None:
         try:
             accepted, _ = self._socket.accept()
         except (BlockingIOError, ConnectionError):
@@ -114,14 +150,27 @@ class Connection:
         self._socket: socket.socket | None = accepted
         self._peer = Peer.of(loop, accepted)
         self._session: Session | None = None
-        self._received = b""
+        self._joined = False  # the session is another connection's, and goes on without this one
+        self._share = hatch.share
+        self._bucket = Bucket()  # of the session, once there is one
+        self._received: bytes | bytearray = b""
+        self._more = False  # whether it holds requests that wait for their turn
+        self._waiting = False  # for its turn; until then it is not read from
+        self._muted = False  # the loop does not tell that it is readable
+        self._ending = False  # its process has ended
         self._unsent = bytearray()
         self._attach_timer = loop.call_later(ATTACH_S, self.close, "it did not attach")
         loop.add_reader(accepted, self._readable)
         self._peer.when_gone(self._process_ended)
 
-    def close(self, why: str) -> None:
-        """End the session; what it was writing stays quarantined while its process lives."""
+    @property
+    def session_number(self) -> int:
+        """Of its session; 0 before it has one."""
+        return self._session.number if self._session else 0
+
+    def close(self, why: str, *, whole_session: bool = False) -> None:
+        """End the session, unless this connection has only joined it; what it was writing stays
+        quarantined while its processes live."""
         if self._socket is None:
             return
         self._attach_timer.cancel()
@@ -135,33 +184,82 @@ class Connection:
             self._peer.close()
             return
         log.info("client gone", session=self._session.number, pid=self._peer.pid, why=why)
-        blocks = self._service.detach(self._session)
-        if blocks:
-            log.warning("slots quarantined", pid=self._peer.pid, slots=len(blocks))
-            self._peer.when_gone(lambda: self._service.unquarantine(blocks))
-        else:
-            self._peer.close()
+        session = self._session
+        if self._joined and not whole_session:
+            return
+        if self._service.store.sessions.get(session.number) is session:
+            self._hatch.processes.ended(session.number, self._service.detach(session))
+        self._hatch.end(session.number, "its session has ended")
 
     def _process_ended(self) -> None:
         """A child that it forked may hold the connection open: the session ends all the same."""
-        self._readable()  # what it had sent before still counts
-        self.close("its process has ended")
+        if self._socket is None:
+            return
+        self._ending = True  # what it had sent before still counts
+        self._later()
 
     def _readable(self) -> None:
+        assert self._socket is not None
+        if self._waiting:
+            if not self._muted:
+                self._muted = True
+                self._loop.remove_reader(self._socket)
+        elif self._share.full:
+            self._later()
+        else:
+            self._turn()
+
+    def _later(self) -> None:
+        self._waiting = True
+        self._share.later(self._resume)
+
+    def _resume(self) -> None:
+        if not self._waiting or self._socket is None:
+            return
+        self._waiting = False
+        self._turn()
+        if self._socket is None or self._waiting:
+            return
+        if self._ending:
+            self._later()
+        elif self._muted:
+            self._muted = False
+            self._loop.add_reader(self._socket, self._readable)
+
+    def _turn(self) -> None:
+        """Read, and carry out what there is: for TURN_S, and at least one request."""
+        started = time.monotonic()
+        if self._more or self._receive():
+            self._carry_out(started)
+            self._hatch.busy_poll.served()
+        self._share.took(self, started, time.monotonic())
+
+    def _receive(self) -> bool:
+        """Whether something came."""
         assert self._socket is not None
         try:
             data = self._socket.recv(READ_BYTES)
         except BlockingIOError:
-            return
+            if self._ending:
+                self.close("its process has ended")
+            return False
         except OSError as error:
             self.close(str(error))
-            return
+            return False
         if not data:
             self.close("it closed the connection")
-            return
-        if self._received:
-            data = self._received + data
-        at, end = 0, len(data)
+            return False
+        if not self._received:
+            self._received = data
+        elif isinstance(self._received, bytearray):
+            self._received += data
+        else:
+            self._received = bytearray(self._received) + data
+        return True
+
+    def _carry_out(self, started: float) -> None:
+        data = self._received
+        at, end, self._more = 0, len(data), False
         while end - at >= HEADER.size and self._socket is not None:
             length, verb, _, _, number = HEADER.unpack_from(data, at)
             if not AFTER_LENGTH <= length <= FRAME_BYTES_MAX:
@@ -169,10 +267,29 @@ class Connection:
                 return
             if end - at - 4 < length:
                 break
-            self._request(verb, number, data[at + HEADER.size : at + 4 + length])
+            if self._must_wait(verb, length, started if at else None):
+                self._more = True
+                break
+            self._request(verb, number, bytes(data[at + HEADER.size : at + 4 + length]))
+            self._share.paid(self._bucket, length)
             at += 4 + length
         self._received = data[at:]
-        self._hatch.busy_poll.served()
+
+    def _must_wait(self, verb: int, length: int, started: float | None) -> bool:
+        """Whether the next request has to wait. It is arranged that its turn comes."""
+        if self._ending:
+            pause_s = 0.0
+        else:
+            long = verb in LONG_VERBS
+            pause_s = self._share.wait_s(self, self._bucket, length, long=long)
+        if pause_s:
+            self._waiting = True
+            self._loop.call_later(pause_s, self._share.later, self._resume)
+            return True
+        if started is not None and time.monotonic() - started > TURN_S:
+            self._later()
+            return True
+        return False
 
     def _request(self, verb: int, number: int, payload: bytes) -> None:
         if self._session is None:
@@ -205,6 +322,9 @@ class Connection:
             self.close(str(error))
             return
         self._attach_timer.cancel()
+        self._bucket = self._session.bucket
+        self._joined = bool(request.join)
+        self._hatch.processes.joined(self._session.number, self._peer)
         log.info("client attached", session=self._session.number, pid=self._peer.pid)
         self._answer(verb, number, reply)
 

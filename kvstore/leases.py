@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from kvstore.catalog import LayoutEntry
+from kvstore.limits import Bucket, Credit
+
+NO_SESSION = 0
+SEVERAL = 0xFFFFFFFF  # in place of a session's number: any of them may be meant
 
 
 class ReadLease:
@@ -22,6 +26,7 @@ class ReadLease:
         "enough",
         "entry",
         "number",
+        "parked",
         "ready",
         "session",
         "stop",
@@ -39,6 +44,7 @@ class ReadLease:
         self.enough = 0
         self.stop = 0
         self.answered = False
+        self.parked = False  # it was answered by: ask again when there is room
         self.context: Sequence[bytes] = ()  # keys that the blocks continue
         self.asked = 0
         self.tokens_per_s = 0.0
@@ -68,21 +74,23 @@ class WriteLease:
 class Session:
     """One connected client."""
 
-    __slots__ = ("leases", "name", "number")
+    __slots__ = ("bucket", "credit", "leases", "name", "number", "token")
 
     def __init__(self, number: int, name: str) -> None:
         self.number = number
+        self.token = b""  # lets other processes take part; given by whoever has randomness
         self.name = name
         self.leases: dict[int, ReadLease | WriteLease] = {}
+        self.credit = Credit()
+        self.bucket = Bucket()
 
 
 class Sessions:
     """All sessions and their leases; numbers are never used twice."""
 
-    def __init__(self, leases_max: int) -> None:
-        self.leases_max = leases_max
+    def __init__(self) -> None:
+        self.last_number = NO_SESSION  # of any session, also of an earlier daemon
         self._sessions: dict[int, Session] = {}
-        self._session_number = 0
         self._lease_number = 0
 
     def __len__(self) -> int:
@@ -93,19 +101,19 @@ class Sessions:
 
     def attach(self, name: str) -> Session:
         """A new session."""
-        self._session_number += 1
-        session = Session(self._session_number, name)
+        self.last_number += 1
+        session = Session(self.last_number, name)
         self._sessions[session.number] = session
         return session
+
+    def get(self, number: int) -> Session | None:
+        """The session of that number, while it lasts."""
+        return self._sessions.get(number)
 
     def detach(self, session: Session) -> list[ReadLease | WriteLease]:
         """End the session; the leases that it held, for the store to end."""
         del self._sessions[session.number]
         return list(session.leases.values())
-
-    def full(self, session: Session) -> bool:
-        """Whether the session may have no further lease."""
-        return len(session.leases) >= self.leases_max
 
     def next_number(self) -> int:
         """A number for a lease. Numbers start at 1: 0 on the wire says that there is none."""

@@ -19,6 +19,7 @@ def tenant_document(store: Store) -> dict[str, Any]:
     return {
         "requests": dict(counters.requests),
         "errors": dict(counters.errors),
+        "limited": dict(counters.limited),
         "sessions": len(store.sessions),
         "leases": sum(len(session.leases) for session in store.sessions),
         "blocks": {
@@ -161,6 +162,12 @@ class Collector:
             "Refused requests by error.",
             ("tenant", "error"),
             [((t, error), n) for t, doc in tenants.items() for error, n in doc["errors"].items()],
+        )
+        yield _family(
+            "kvstore_limited_total",
+            "Requests cut short, refused or read later because of a limit.",
+            ("tenant", "limit"),
+            [((t, limit), n) for t, doc in tenants.items() for limit, n in doc["limited"].items()],
         )
 
 

@@ -1,7 +1,8 @@
-"""How bytes travel between DRAM and NVMe: a bounded queue, worker threads, checksums on every read.
+"""When bytes travel between the tiers: a bounded queue and worker threads.
 
-The store orders, workers do, and every outcome goes back through one function that is called from
-worker threads (`report`). A load that a client waits for overtakes everything that is queued.
+The store orders, workers do (see `kvstore.carrier`), and every outcome goes back through one
+function that is called from worker threads (`report`). What a client waits for overtakes everything
+that is queued.
 """
 
 from __future__ import annotations
@@ -12,39 +13,30 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from mmap import mmap
-from typing import Protocol
 
-from kvstore.checksums import shard_sums
+from kvstore.carrier import Arena, Carrier, Device
 from kvstore.orders import Move, MoveKind, Outcome
-from kvstore.tiers.base import Tier
-from kvstore.tiers.dram import DramArena
-from kvstore.types import SLOT_ALIGNMENT
 
 NICE = 10
+IN_MEMORY = (MoveKind.PROVE, MoveKind.SUM)  # need no device
+LAZY = (MoveKind.SPILL, MoveKind.VERIFY)  # nobody waits for them, and they take long
 
 Report = Callable[[Move, Outcome, str], None]
 
 
-class Device(Tier, Protocol):
-    """A tier that can be asked whether it works at all."""
-
-    def probe(self) -> None:
-        """Write and read back something that is no block; OSError when that fails."""
-
-
 class Mover:
-    """Worker threads over one arena and one NVMe tier.
+    """Worker threads over one arena and one NVMe tier, or over the arena alone.
 
     Spills and checks may occupy three quarters of the workers, so that a load never waits for a
-    slow write to end. The queue is bounded by whoever orders: the store has a bound on each kind.
+    slow write to end. One worker more does only what needs no device: while the device hangs, what
+    is in DRAM can still be proved. The queue is bounded by whoever orders: the store has a bound on
+    each kind.
     """
 
     def __init__(
-        self, arena: DramArena, nvme: Device, report: Report, *, threads: int, name: str
+        self, arena: Arena, nvme: Device | None, report: Report, *, threads: int, name: str
     ) -> None:
-        self._arena = arena
-        self._nvme = nvme
+        self._carrier = Carrier(arena, nvme)
         self._report = report
         self._queues: tuple[deque[Move], ...] = tuple(deque() for _ in MoveKind)
         self._wake = threading.Condition()
@@ -52,8 +44,10 @@ class Mover:
         self._lazy_most = max(1, threads - max(1, threads // 4))
         self._closing = False
         self._threads = [
-            threading.Thread(target=self._work, name=f"mover-{name}-{at}", daemon=True)
-            for at in range(threads)
+            threading.Thread(
+                target=self._work, args=(kinds,), name=f"mover-{name}-{at}", daemon=True
+            )
+            for at, kinds in enumerate([IN_MEMORY] + [tuple(MoveKind)] * (threads if nvme else 0))
         ]
         for thread in self._threads:
             thread.start()
@@ -83,67 +77,29 @@ class Mover:
             thread.join(max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
-    def _next(self) -> Move | None:
-        """The next move to do; waits for one. None when the mover closes."""
+    def _next(self, kinds: Sequence[MoveKind]) -> Move | None:
+        """The next move of these kinds to do; waits for one. None when the mover closes."""
         with self._wake:
             while not self._closing:
-                for kind, queue in zip(MoveKind, self._queues, strict=True):
-                    lazy = kind >= MoveKind.SPILL
+                for kind in kinds:
+                    queue, lazy = self._queues[kind], kind in LAZY
                     if queue and not (lazy and self._lazy_running >= self._lazy_most):
                         self._lazy_running += lazy
                         return queue.popleft()
+                if len(kinds) < len(MoveKind):
+                    self._wake.notify()  # what woke us may be for somebody who does every kind
                 self._wake.wait()
             return None
 
-    def _work(self) -> None:
+    def _work(self, kinds: Sequence[MoveKind]) -> None:
         # Where processors are scarce, the event loop and the clients go before the movers.
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
-        scratch: mmap | None = None
-        while (move := self._next()) is not None:
-            problem = ""
-            try:
-                if move.kind is MoveKind.VERIFY and move.entry is not None:
-                    if scratch is None or len(scratch) < move.entry.slot_bytes:
-                        scratch = mmap(-1, move.entry.slot_bytes)
-                    outcome = self._read(move, memoryview(scratch))
-                else:
-                    outcome = self._carry_out(move)
-            except OSError as error:
-                outcome, problem = Outcome.FAILED, str(error)
+        while (move := self._next(kinds)) is not None:
+            outcome, problem = self._carrier.carry_out(move)
             move.seconds = time.monotonic() - move.seconds
-            if move.kind >= MoveKind.SPILL:
+            if move.kind in LAZY:
                 with self._wake:
                     self._lazy_running -= 1
                     self._wake.notify()
             self._report(move, outcome, problem)
-
-    def _carry_out(self, move: Move) -> Outcome:
-        if move.entry is None:
-            self._nvme.probe()
-            return Outcome.DONE
-        slot = self._arena.view(move.dram * SLOT_ALIGNMENT, move.entry.slot_bytes)
-        try:
-            if move.kind is MoveKind.SPILL:
-                # The checksum is taken first: bytes that change meanwhile will not verify.
-                move.sums = self._sums(move, slot)
-                self._nvme.write(move.nvme * SLOT_ALIGNMENT, slot)
-                return Outcome.DONE
-            return self._read(move, slot)
-        finally:
-            slot.release()
-
-    def _read(self, move: Move, into: memoryview) -> Outcome:
-        assert move.entry is not None
-        into = into[: move.entry.slot_bytes]
-        try:
-            self._nvme.read(move.nvme * SLOT_ALIGNMENT, into)
-            return Outcome.DONE if self._sums(move, into) == move.sums else Outcome.CORRUPT
-        finally:
-            into.release()
-
-    @staticmethod
-    def _sums(move: Move, slot: memoryview) -> bytes:
-        assert move.entry is not None
-        layout = move.entry.layout
-        return shard_sums(move.entry.fingerprint, move.key, slot, layout.shards, layout.shard_bytes)

@@ -13,10 +13,12 @@ class MoveKind(enum.IntEnum):
     """What a mover does; the smaller number goes first when several wait."""
 
     LOAD = 0  # NVMe slot -> DRAM slot, some client waits for it
-    PREFETCH = 1  # the same, nobody waits
-    SPILL = 2  # DRAM slot -> NVMe slot
-    VERIFY = 3  # read an NVMe slot and check it
-    PROBE = 4  # see whether a fenced device works again
+    PROVE = 1  # check a DRAM slot against its checksum, some client waits for it
+    PREFETCH = 2  # as LOAD, nobody waits
+    SPILL = 3  # DRAM slot -> NVMe slot
+    SUM = 4  # take the checksum of a DRAM slot, and compare it where one is known
+    VERIFY = 5  # read an NVMe slot and check it
+    PROBE = 6  # see whether a fenced device works again
 
 
 class Outcome(enum.Enum):
@@ -29,9 +31,10 @@ class Outcome(enum.Enum):
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Move:
-    """An order to move one block. Places are pages of the tiers; `sums` what a read must find.
+    """An order to move one block. Places are pages of the tiers; `sums` what its bytes must have,
+    `proof` the digest of the same where that is all that is known (0: not even that).
 
-    `bytes_moved` and `seconds` are filled in by whoever carried it out.
+    `sums` and `seconds` are filled in by whoever carried it out.
     """
 
     kind: MoveKind
@@ -42,6 +45,7 @@ class Move:
     nvme: int
     sums: bytes | None = None
     seconds: float = 0.0
+    proof: int = 0
 
 
 @dataclasses.dataclass(slots=True)
@@ -60,6 +64,7 @@ class Orders:
 
     moves    for the mover
     marks    pages of DRAM slots whose record in the slot table is out of date
+    touched  pages of DRAM slots that were used, the last one last
     index    NVMe page -> its new record, or None when the slot is free
     answers  read leases whose wait is over
     room     whether DRAM slots became free or may be freed now: parked requests may be tried again
@@ -67,9 +72,12 @@ class Orders:
 
     moves: list[Move] = dataclasses.field(default_factory=list)
     marks: set[int] = dataclasses.field(default_factory=set)
+    touched: list[int] = dataclasses.field(default_factory=list)
     index: dict[int, IndexPut | None] = dataclasses.field(default_factory=dict)
     answers: list[ReadLease] = dataclasses.field(default_factory=list)
     room: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.moves or self.marks or self.index or self.answers or self.room)
+        return bool(
+            self.moves or self.marks or self.touched or self.index or self.answers or self.room
+        )

@@ -1,4 +1,4 @@
-"""Where things are when nobody says: sockets, arenas, state, for root and for everyone else."""
+"""Where things are when nobody says: sockets, arenas, state, of the system and of a user."""
 
 from __future__ import annotations
 
@@ -12,17 +12,26 @@ FRONT_DOOR = "grpc.sock"
 SOCKET_PATH_BYTES_MAX = 107  # sun_path of Linux, less its closing zero
 
 
+def _system(path: str) -> bool:
+    """Whether the system's folder is meant: by root, and by the user for whom it was made, which
+    is the service's."""
+    try:
+        return os.geteuid() == 0 or os.lstat(path).st_uid == os.geteuid()
+    except OSError:
+        return False
+
+
 def run_dir() -> Path:
-    """The folder of sockets: /run/kvstore for root, else under $XDG_RUNTIME_DIR."""
-    if os.geteuid() == 0:
+    """The folder of sockets: the system's /run/kvstore, else under $XDG_RUNTIME_DIR."""
+    if _system("/run/kvstore"):
         return Path("/run/kvstore")
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     return Path(runtime) / "kvstore" if runtime else Path(f"/tmp/kvstore-{os.geteuid()}")
 
 
 def state_dir() -> Path:
-    """The folder of NVMe files: /var/lib/kvstore for root, else under $XDG_STATE_HOME."""
-    if os.geteuid() == 0:
+    """The folder of NVMe files: the system's /var/lib/kvstore, else under $XDG_STATE_HOME."""
+    if _system("/var/lib/kvstore"):
         return Path("/var/lib/kvstore")
     state = os.environ.get("XDG_STATE_HOME")
     return (Path(state) if state else Path.home() / ".local" / "state") / "kvstore"
@@ -30,7 +39,8 @@ def state_dir() -> Path:
 
 def shm_dir() -> Path:
     """The folder of arenas in tmpfs."""
-    return Path("/dev/shm/kvstore" if os.geteuid() == 0 else f"/dev/shm/kvstore-{os.geteuid()}")
+    own = f"/dev/shm/kvstore-{os.geteuid()}"
+    return Path("/dev/shm/kvstore" if _system("/dev/shm/kvstore") else own)
 
 
 def socket_path(tenant: str = "default", *, root: Path | None = None, door: str = HATCH) -> Path:

@@ -19,9 +19,17 @@ class Peer:
     a process of another pid namespace) the process counts as alive: its slots stay as they are.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, pid: int, *, claimed: bool = False) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        pid: int,
+        *,
+        claimed: bool = False,
+        start: int | None = None,
+    ) -> None:
         """`claimed`: the number comes from the client, not from the kernel, so that no process of
-        that number proves nothing."""
+        that number proves nothing. `start`: which process of that number is meant, as an earlier
+        `Peer.start` told it; 0 when it could not."""
         self.pid = pid
         self._loop = loop
         self._claimed = claimed
@@ -29,12 +37,21 @@ class Peer:
         self._gone = False
         self._then: Callable[[], None] | None = None
         self._open()
+        self.start = _start(pid)
+        if start and self.start and start != self.start:
+            self.close()  # that process has ended, and another one has its number
+            self._gone = True
 
     @classmethod
     def of(cls, loop: asyncio.AbstractEventLoop, connection: socket.socket) -> Peer:
         """The process that connected this Unix socket."""
         raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
         return cls(loop, _UCRED.unpack(raw)[0])
+
+    @property
+    def gone(self) -> bool:
+        """Whether the process is known to have ended."""
+        return self._gone
 
     def when_gone(self, then: Callable[[], None]) -> None:
         """Call `then` once, when the process has ended; at once if it has. It replaces an earlier
@@ -77,3 +94,12 @@ class Peer:
         self._gone = True
         if then is not None:
             then()
+
+
+def _start(pid: int) -> int:
+    """When a process started, in clock ticks since boot; 0 when the system does not say."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return int(file.read().rpartition(b")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0

@@ -9,11 +9,21 @@ import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
-from kvstore.catalog import DOOMED, FRESH, LOADING, READY, SPILLING, STORED, TWICE, WRITING
+from kvstore.catalog import (
+    DOOMED,
+    FRESH,
+    LOADING,
+    READY,
+    SPILLING,
+    STORED,
+    TWICE,
+    WRITING,
+)
 from kvstore.eviction.base import Policy
 from kvstore.health import DeviceHealth
 from kvstore.orders import IndexPut, Move, MoveKind, Outcome
 from kvstore.room import IN_USE, Room
+from kvstore.scrub import Scrub
 from kvstore.slots import Slots
 from kvstore.types import DRAM, NVME
 
@@ -23,7 +33,8 @@ class PlacementConfig:
     """Sizes and rules of one tenant's tiers.
 
     nvme_bytes 0 means that there is no NVMe tier. `write_budget` is in bytes per second, None for
-    no bound. `spread` is the number of NVMe devices. `queue_depth` bounds spills under way.
+    no bound. `spread` is the number of NVMe devices. `queue_depth` bounds spills under way. A
+    device that has ended no move for `hang_s`, though some are under way, counts as failed.
     """
 
     dram_bytes: int
@@ -34,6 +45,7 @@ class PlacementConfig:
     spread: int = 1
     queue_depth: int = 32
     loads_max: int = 4_096
+    hang_s: float = 10.0
 
 
 class Placement:
@@ -57,6 +69,9 @@ class Placement:
         self._last_load_end: float | None = None
         self._loaded_bytes = 0  # by loads that ended in the same moment as the last
         self._backlog: deque[int] = deque()
+        self.scrub = Scrub(self.room)
+        self._checks = 0  # moves that read NVMe slots in order to check them
+        self._moved_at = 0.0  # when a move last ended, or the first of those under way began
         self._budget_at = 0.0
         self._budget = 0.0
 
@@ -114,9 +129,12 @@ class Placement:
     def publish(self, blocks: Sequence[int], now: float) -> None:
         """The bytes of these blocks in DRAM are complete: they can be read from now on."""
         catalog = self.catalog
+        writers = catalog.writers
         for block in blocks:
             catalog.flags[block] = catalog.flags[block] & ~(WRITING | LOADING) | READY
             self.room.orders.marks.add(catalog.dram[block])
+            if writers:
+                writers.pop(block, None)
         if blocks:
             slot_bytes = catalog.entry(blocks[0]).slot_bytes
             self.room.policy(DRAM, slot_bytes).admit(blocks, now)
@@ -127,6 +145,8 @@ class Placement:
         """Queue the copies to NVMe that the write policy asks for when blocks are committed."""
         if self.write_policy == "through" and self.health.ok:
             self._backlog.extend(reversed(blocks))  # what is stored last is the last to leave
+        else:
+            self.scrub.later(blocks)
 
     def save_all(self, now: float) -> None:
         """Queue the copies of all that is in DRAM, coldest first."""
@@ -157,6 +177,7 @@ class Placement:
         """Blocks that were being written never will be: their slots are free."""
         for block in blocks:
             self.catalog.flags[block] &= ~WRITING
+            self.catalog.writers.pop(block, None)
         self.room.free(DRAM, blocks)
         self.room.settle(blocks)
         self.room.orders.room = True
@@ -164,7 +185,9 @@ class Placement:
     # -- moves ---------------------------------------------------------------------------------
 
     def pump(self, now: float) -> None:
-        """Order spills from the backlog, as far as queue and write budget allow."""
+        """Order spills from the backlog, as far as queue and write budget allow; checks of blocks
+        that were found after a restart."""
+        self.scrub.go_on()
         flags = self.catalog.flags
         while self._backlog and self.spills < self.config.queue_depth and self.health.ok:
             block = self._backlog[0]
@@ -196,26 +219,45 @@ class Placement:
             self.room.unhold(block)
             return False
         catalog.flags[block] |= LOADING | (FRESH if demand else 0)
+        self._begins(now)
         self.loads += 1
-        self._order(MoveKind.LOAD if demand else MoveKind.PREFETCH, block)
+        self.room.order(MoveKind.LOAD if demand else MoveKind.PREFETCH, block)
         return True
 
-    def verify(self, block: int) -> bool:
+    def verify(self, block: int, now: float) -> bool:
         """Order a check of a stored block's bytes on NVMe. False when it is gone or in use."""
         if self.room.held(block) or self.catalog.flags[block] & (STORED | DOOMED) != STORED:
             return False
+        self._begins(now)
+        self._checks += 1
         self.room.hold(block)
-        self._order(MoveKind.VERIFY, block)
+        self.room.order(MoveKind.VERIFY, block)
         return True
+
+    def tick(self, now: float) -> None:
+        """Time has passed: see whether the device hangs, go on with what a budget held back."""
+        under_way = self.spills + self.loads + self._checks
+        if under_way and self.health.ok and now - self._moved_at > self.config.hang_s:
+            self.counters.nvme.failed += 1
+            self.health.fence(now)
+            self._backlog.clear()
+        self.pump(now)
+        self.scrub.tick()
 
     def finished(self, move: Move, outcome: Outcome, now: float) -> None:
         """A move has ended."""
+        if move.kind in (MoveKind.PROVE, MoveKind.SUM):
+            self.scrub.finished(move, outcome)
+            self.room.orders.room = True
+            return
+        self._moved_at = now
         self._note_health(move, outcome, now)
         if move.kind is MoveKind.SPILL:
             self._spilled(move, outcome, now)
         elif move.kind in (MoveKind.LOAD, MoveKind.PREFETCH):
             self._loaded(move, outcome, now)
         elif move.kind is MoveKind.VERIFY:
+            self._checks -= 1
             self.room.unhold(move.block)
             if outcome is Outcome.CORRUPT:
                 self._damaged(move.block)
@@ -224,21 +266,10 @@ class Placement:
 
     # -- inside --------------------------------------------------------------------------------
 
-    def _order(self, kind: MoveKind, block: int) -> None:
-        catalog = self.catalog
-        key = catalog.keys[block]
-        assert key is not None
-        self.room.orders.moves.append(
-            Move(
-                kind,
-                block,
-                catalog.entry(block),
-                key,
-                catalog.dram[block],
-                catalog.nvme[block],
-                catalog.sums[block],
-            )
-        )
+    def _begins(self, now: float) -> None:
+        """A move is about to be ordered."""
+        if not self.spills + self.loads + self._checks:
+            self._moved_at = now
 
     def _save(self, blocks: Sequence[int], now: float) -> None:
         """Order spills of blocks that stand in the way, as far as queue and budget allow."""
@@ -282,10 +313,11 @@ class Placement:
             self._budget -= entry.slot_bytes
         catalog.flags[block] |= SPILLING
         catalog.pins[block] += 1
+        self._begins(now)
         self.spills += 1
         # Whatever the index says of this slot is over.
         self.room.orders.index[catalog.nvme[block]] = None
-        self._order(MoveKind.SPILL, block)
+        self.room.order(MoveKind.SPILL, block)
         return True
 
     def _spilled(self, move: Move, outcome: Outcome, now: float) -> None:
@@ -303,8 +335,11 @@ class Placement:
             return
         if outcome is not Outcome.DONE:
             self.room.free(NVME, [block])
+            if outcome is Outcome.CORRUPT:  # what was to be written is not what was committed
+                self.scrub.spoilt(block)
             return
         assert move.sums is not None
+        self.scrub.proved(block)
         catalog.flags[block] |= STORED
         catalog.sums[block] = move.sums
         self.room.policy(NVME, entry.slot_bytes).admit([block], now)
@@ -365,7 +400,7 @@ class Placement:
             self.health.failed(now, probe=move.kind is MoveKind.PROBE)
             if not self.health.ok:
                 self._backlog.clear()
-        else:
+        elif not (move.kind is MoveKind.SPILL and outcome is Outcome.CORRUPT):
             self.health.worked()
         if self.health.ok and not was_ok and self.write_policy == "through":
             self.save_all(now)

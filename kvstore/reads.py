@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvstore.catalog import FRESH, LOADING, READY, STORED, WRITING, LayoutEntry
-from kvstore.errors import LimitExceeded
+from kvstore.catalog import FRESH, LOADING, READY, STORED, UNPROVEN, WRITING, LayoutEntry
+from kvstore.holdings import Holdings
 from kvstore.leases import ReadLease, Session, Sessions
 from kvstore.orders import Move, MoveKind, Outcome
 from kvstore.placement import Placement
@@ -13,17 +13,19 @@ from kvstore.types import DRAM, NVME
 
 # Why a grant ends where it does, as on the wire.
 END, ABSENT, PENDING, LATE, NO_ROOM, TOO_SLOW, FAILED = range(7)
+PROVEN = READY | UNPROVEN  # under this mask, a block that can be read now is READY
 STOP_NAMES = ("end", "absent", "pending", "late", "no_room", "too_slow", "failed")
 
 
 class Reads:
     """Read leases of one tenant. Every access leaves a note for the policies in `notes`."""
 
-    def __init__(self, placement: Placement, sessions: Sessions) -> None:
+    def __init__(self, placement: Placement, sessions: Sessions, holdings: Holdings) -> None:
         self.placement = placement
         self.catalog = placement.catalog
         self.counters = placement.counters
         self.sessions = sessions
+        self.holdings = holdings
         self.notes: list[list[int]] = []
         self._waiting: dict[int, list[ReadLease]] = {}  # loading block -> leases that wait for it
 
@@ -43,31 +45,36 @@ class Reads:
         keys that the list continues; they are not asked for.
 
         When `lease.answered` is true the answer is final; else it comes among `orders.answers`, or
-        from `cut`. A lease answered without blocks is over already.
+        from `cut`. A lease answered without blocks is over already. With `wait`, one that is
+        `parked` is over, too: there is no room for its first block, but some will come, so that the
+        caller had better ask again.
         """
-        if self.sessions.full(session):
-            raise LimitExceeded(
-                f"this session holds {len(session.leases)} leases, the most that "
-                "limits.leases_per_session allows: release some"
-            )
+        self.holdings.check_leases(session)
+        allowed, asked = self.holdings.allow(session, entry, len(keys), now), len(keys)
+        if allowed < asked:
+            keys = keys[:allowed]
         lease = ReadLease(self.sessions.next_number(), session, entry)
-        lease.asked = len(keys)
+        lease.asked = asked
         lease.tokens_per_s = tokens_per_s
         lease.context = context
+        patient = wait and allowed == asked
         blocks, seen = self._resident(entry, keys)
         lease.blocks = blocks
         pins = self.catalog.pins
         for block in blocks:
             pins[block] += 1
         lease.ready = len(blocks)
-        lease.stop = END
+        lease.stop = END if len(keys) == asked else NO_ROOM
         if lease.ready < len(keys):
             seen |= FRESH
             self._climb(lease, keys, now, wait=wait, tokens_per_s=tokens_per_s)
         lease.tiers = self._tiers(blocks) if seen & FRESH else b"\1" * len(blocks)
         lease.enough = min(enough or len(blocks), len(blocks))
         session.leases[lease.number] = lease
-        if lease.ready >= lease.enough:
+        if patient and lease.stop == NO_ROOM and not blocks and self.placement.spills:
+            lease.answered = lease.parked = True
+            del session.leases[lease.number]
+        elif lease.ready >= lease.enough:
             self._answer(lease, PENDING if lease.ready < len(blocks) else lease.stop)
         return lease
 
@@ -77,11 +84,11 @@ class Reads:
         blocks = list(map(get, keys))
         if None not in blocks:  # the usual case, without a step of the interpreter for each block
             kinds = set(map(flags.__getitem__, blocks))  # type: ignore[arg-type]
-            if all(kind & READY for kind in kinds):
+            if all(kind & PROVEN == READY for kind in kinds):
                 return blocks, FRESH if any(kind & FRESH for kind in kinds) else 0  # type: ignore[return-value]
         seen, prefix = 0, []
         for block in blocks:
-            if block is None or not flags[block] & READY:
+            if block is None or flags[block] & PROVEN != READY:
                 break
             seen |= flags[block]
             prefix.append(block)
@@ -110,7 +117,8 @@ class Reads:
         block = move.block
         waiting = self._waiting.pop(block, ()) if move.kind <= MoveKind.PREFETCH else ()
         self.placement.finished(move, outcome, now)
-        loaded = outcome is Outcome.DONE and bool(self.catalog.flags[block] & READY)
+        good = outcome is Outcome.DONE and bool(waiting)  # a probe is of no block
+        loaded = good and self.catalog.flags[block] & PROVEN == READY
         for lease in waiting:
             if loaded:
                 self._advance(lease)
@@ -163,7 +171,7 @@ class Reads:
         self._load(lease, chain, held, now)
         self.placement.room.unpin(held)
         for block in chain:
-            if flags[block] & LOADING:
+            if flags[block] & (LOADING | UNPROVEN):
                 self._waiting.setdefault(block, []).append(lease)
         lease.blocks += chain
         self._advance(lease)
@@ -175,6 +183,8 @@ class Reads:
         flags, at = self.catalog.flags, 0
         while at < len(chain):
             block = chain[at]
+            if flags[block] & UNPROVEN:
+                self.placement.scrub.demand(block)
             if flags[block] & (READY | LOADING):
                 flags[block] |= 0 if flags[block] & READY else FRESH
                 at += 1
@@ -220,9 +230,9 @@ class Reads:
     def _advance(self, lease: ReadLease) -> None:
         """Count the leading blocks that are ready by now."""
         flags, blocks = self.catalog.flags, lease.blocks
-        while lease.ready < len(blocks) and flags[blocks[lease.ready]] & READY:
+        while lease.ready < len(blocks) and flags[blocks[lease.ready]] & PROVEN == READY:
             lease.ready += 1
-        if lease.ready < len(blocks) and not flags[blocks[lease.ready]] & LOADING:
+        if lease.ready < len(blocks) and not flags[blocks[lease.ready]] & (LOADING | UNPROVEN):
             self._shorten(lease, lease.ready, ABSENT)  # it was forgotten while others were loaded
 
     def _shorten(self, lease: ReadLease, length: int, stop: int) -> None:

@@ -26,13 +26,14 @@ from kvstore.catalog import (
     READY,
     SPILLING,
     STORED,
+    UNPROVEN,
     WRITING,
     Catalog,
     LayoutEntry,
 )
 from kvstore.counters import Counters
 from kvstore.eviction.base import Policy
-from kvstore.orders import Orders
+from kvstore.orders import Move, MoveKind, Orders
 from kvstore.retention import Retention
 from kvstore.slots import Slots
 from kvstore.types import DRAM, NVME
@@ -130,6 +131,24 @@ class Room:
         """Whether something reads the block's NVMe slot."""
         return block in self._busy
 
+    def order(self, kind: MoveKind, block: int) -> None:
+        """Order a move of a block, from and to the slots that it has now."""
+        catalog = self.catalog
+        key = catalog.keys[block]
+        assert key is not None
+        self.orders.moves.append(
+            Move(
+                kind,
+                block,
+                catalog.entry(block),
+                key,
+                catalog.dram[block],
+                catalog.nvme[block],
+                catalog.sums[block],
+                proof=catalog.proofs.get(block, 0),
+            )
+        )
+
     # -- leaving -------------------------------------------------------------------------------
 
     def doom(self, blocks: Sequence[int], reason: str) -> None:
@@ -150,10 +169,10 @@ class Room:
             self.policy(NVME, slot_bytes).forget(stored)
             self.counters.nvme.evicted[reason] += len(stored)
             self.orders.index.update(dict.fromkeys([catalog.nvme[block] for block in stored]))
-            for block in stored:
-                catalog.sums[block] = None
         for block in blocks:
-            flags[block] = flags[block] & ~(READY | STORED) | DOOMED
+            catalog.sums[block] = None
+            flags[block] = flags[block] & ~(READY | STORED | UNPROVEN) | DOOMED
+        self._unprove(blocks)
         self.retention.forget(blocks)
         self.reap(blocks)
 
@@ -176,19 +195,29 @@ class Room:
         """The blocks, all of one slot size, leave a tier; those in no other are forgotten."""
         if not blocks:
             return
-        bit, gone = (READY, READY | FRESH) if tier == DRAM else (STORED, STORED)
+        bit, gone = (READY, READY | FRESH | UNPROVEN) if tier == DRAM else (STORED, STORED)
         catalog, flags = self.catalog, self.catalog.flags
         for block in blocks:
             assert flags[block] & bit, f"block {block} is not there to leave"
             flags[block] &= ~gone
         self.policy(tier, self._slot_bytes(blocks)).forget(blocks)
         self.counters.tier(tier).evicted[reason] += len(blocks)
-        if tier == NVME:
-            for block in blocks:
+        for block in blocks:
+            if tier == NVME or not flags[block] & STORED:
                 catalog.sums[block] = None
+        if tier == NVME:
             self.orders.index.update(dict.fromkeys([catalog.nvme[block] for block in blocks]))
+        else:
+            self._unprove(blocks)
         self.free(tier, blocks)
         self.settle(blocks)
+
+    def _unprove(self, blocks: Sequence[int]) -> None:
+        """Nothing is to be proved of these blocks any more."""
+        proofs = self.catalog.proofs
+        if proofs:
+            for block in blocks:
+                proofs.pop(block, None)
 
     def free(self, tier: int, blocks: Sequence[int]) -> None:
         """The slots of the blocks in a tier, where they have one, are free."""
@@ -228,7 +257,10 @@ class Room:
             assert placed == slots.owners()
         for block, key in enumerate(catalog.keys):
             flags = catalog.flags[block]
-            assert catalog.sums[block] is None or flags & STORED
+            assert catalog.sums[block] is None or flags & (STORED | READY)
+            assert bool(flags & UNPROVEN) == (block in catalog.proofs)
+            assert not flags & UNPROVEN or flags & READY
+            assert (block in catalog.writers) == bool(flags & WRITING)
             if key is None:
                 assert not flags and not catalog.pins[block] and block not in self._busy
                 continue

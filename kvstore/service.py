@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
+import secrets
 import time
 from array import array
 from collections.abc import Callable, Iterable, Sequence
@@ -20,14 +22,16 @@ import structlog
 from kvstore import types
 from kvstore.catalog import LayoutEntry
 from kvstore.errors import (
+    ArenaGone,
     InvalidKeys,
     InvalidRequest,
-    KVStoreError,
     ProtocolMismatch,
+    SessionLost,
     TooLarge,
 )
 from kvstore.leases import ReadLease, Session
 from kvstore.orders import IndexPut, Move, MoveKind, Outcome
+from kvstore.parking import LATER, Parking, bounded
 from kvstore.protos import kvstore_pb2 as pb
 from kvstore.reads import LATE
 from kvstore.store import Store
@@ -36,8 +40,6 @@ from kvstore.verification import Verification
 from kvstore.writes import REFUSED, Reserved
 
 Answer = Callable[[Any], None]
-DEADLINE_S_MAX = 3_600.0
-PARKED_MAX = 4_096  # reserves that wait for room; more are answered at once
 
 log = structlog.get_logger()
 
@@ -51,8 +53,11 @@ class Hands(Protocol):
     def mark(self, store: Store, pages: Iterable[int]) -> None:
         """Bring the slot table's records of these DRAM pages up to date."""
 
+    def touch(self, store: Store, pages: Sequence[int]) -> None:
+        """Note in the slot table that these DRAM pages were used."""
+
     def layout(self, entry: LayoutEntry) -> None:
-        """Queue the layout's description for the NVMe index."""
+        """Note the layout's description beside the slot table, and queue it for the NVMe index."""
 
     def index(self, changes: dict[int, IndexPut | None]) -> None:
         """Queue changes of the NVMe index."""
@@ -70,16 +75,14 @@ class ServiceInfo:
     arena_inode: int
 
 
-class _Parked:
-    """A reserve that waits for room."""
+class Doors(Protocol):
+    """What a service asks of the doors that clients come through."""
 
-    __slots__ = ("answer", "request", "session", "timer")
+    def settle(self, caller: Session, numbers: Sequence[int]) -> int:
+        """See Processes.settle."""
 
-    def __init__(self, session: Session, request: Any, answer: Answer) -> None:
-        self.session = session
-        self.request = request
-        self.answer = answer
-        self.timer: asyncio.TimerHandle | None = None
+    def end(self, number: int) -> bool:
+        """End a session and its connections; False when there is none of that number."""
 
 
 class Service:
@@ -100,8 +103,11 @@ class Service:
         self._document = document
         self._loop = asyncio.get_running_loop()
         self._reads: dict[ReadLease, tuple[Answer, asyncio.TimerHandle]] = {}
-        self._reserves: list[_Parked] = []
+        self._parking = Parking(self._loop, self._carry_out_once, self._carry_out)
         self._verification = Verification(store)
+        self._drains: list[tuple[Answer, int]] = []
+        self.doors: Doors | None = None  # told when they are there
+        self.refusal = ""  # why nobody may attach any more
         self._verbs: dict[int, tuple[Callable[[Session, Any, Answer], Any], Any]] = {
             pb.OPEN: (self._open, pb.OpenRequest),
             pb.LOOKUP: (self._lookup, pb.LookupRequest),
@@ -116,6 +122,8 @@ class Service:
             pb.STATS: (self._stats, pb.StatsRequest),
             pb.CLEAR: (self._clear, pb.ClearRequest),
             pb.VERIFY: (self._verify, pb.VerifyRequest),
+            pb.SETTLE: (self._settle_sessions, pb.SettleRequest),
+            pb.DRAIN: (self._drain, pb.DrainRequest),
         }
         self.requests = self.store.counters.requests
         for number in self._verbs:
@@ -130,7 +138,18 @@ class Service:
                 f"the client speaks protocol {request.protocol}, this daemon "
                 f"{types.PROTOCOL_VERSION}: install the same version of kvstore on both sides"
             )
-        session = self.store.attach(request.client[:128])
+        if self.refusal:
+            raise ArenaGone(self.refusal)
+        if request.join:
+            found = self.store.sessions.get(request.join)
+            if found is None or not secrets.compare_digest(found.token, request.token):
+                raise SessionLost(
+                    f"there is no session {request.join} of that token to join: it may have ended"
+                )
+            session = found
+        else:
+            session = self.store.attach(request.client[:128])
+            session.token = secrets.token_bytes(16)
         info = self.info
         return session, pb.AttachReply(
             protocol=types.PROTOCOL_VERSION,
@@ -142,6 +161,8 @@ class Service:
             arena_inode=info.arena_inode,
             keys_max=self.keys_per_call,
             leases_max=self.store.limits.leases_per_session,
+            session=session.number,
+            token=session.token,
         )
 
     def detach(self, session: Session) -> list[int]:
@@ -149,8 +170,7 @@ class Service:
         them any more."""
         for lease in [lease for lease in self._reads if lease.session is session]:
             self._reads.pop(lease)[1].cancel()
-        for parked in [parked for parked in self._reserves if parked.session is session]:
-            self._unpark(parked)
+        self._parking.leave(session)
         quarantined = self.store.detach(session, self._now())
         self.settle()
         return quarantined
@@ -204,13 +224,15 @@ class Service:
             self.store.finished(move, outcome, now)
             self._tell_health(was_ok, problem)
             if move.kind is MoveKind.VERIFY:
-                self._verification.checked(move.block, outcome)
+                self._verification.checked(move.block, outcome, now)
         self.settle()
+        self._end_drains()
 
     def tick(self) -> None:
         """Called about once a second."""
         self.store.tick(self._now())
         self.settle()
+        self._end_drains()
 
     def idle(self) -> bool:
         """Whether nothing is under way: no spill left to be done, no load."""
@@ -244,16 +266,7 @@ class Service:
 
     def _reserve(self, session: Session, request: Any, answer: Answer) -> Any:
         self.requests["reserve"] += 1
-        wait = request.deadline_s > 0 and len(self._reserves) < PARKED_MAX
-        reserved = self._try_reserve(session, request, force=not wait)
-        if not reserved.waiting or not wait:
-            return self._reserved(request, reserved)
-        parked = _Parked(session, request, answer)
-        parked.timer = self._loop.call_later(
-            _bounded(request.deadline_s), self._reserve_late, parked
-        )
-        self._reserves.append(parked)
-        return None
+        return self._or_park(session, request, answer, self._attempt_reserve)
 
     def _commit(self, session: Session, request: Any, answer: Answer) -> Any:
         self.requests["commit"] += 1
@@ -266,25 +279,7 @@ class Service:
 
     def _acquire(self, session: Session, request: Any, answer: Answer) -> Any:
         self.requests["acquire"] += 1
-        started, skip = time.perf_counter(), request.skip
-        entry, keys = self._keys(request.keys)
-        lease = self.store.acquire(
-            session,
-            entry,
-            keys[skip:] if skip else keys,
-            self._now(),
-            wait=request.deadline_s > 0,
-            enough=request.enough,
-            tokens_per_s=request.prefill_tokens_per_s,
-            context=keys[:skip],
-        )
-        if lease.answered:
-            reply = self._grant(lease)
-            self.store.counters.dram.latency.record(time.perf_counter() - started)
-            return reply
-        timer = self._loop.call_later(_bounded(request.deadline_s), self._acquire_late, lease)
-        self._reads[lease] = (answer, timer)
-        return None
+        return self._or_park(session, request, answer, self._attempt_acquire)
 
     def _release(self, session: Session, request: Any, answer: Answer) -> Any:
         self.requests["release"] += 1
@@ -321,10 +316,31 @@ class Service:
 
     def _verify(self, session: Session, request: Any, answer: Answer) -> Any:
         self.requests["verify"] += 1
-        self._verification.start(answer)
+        self._verification.start(answer, self._now())
         return None
 
+    def _settle_sessions(self, session: Session, request: Any, answer: Answer) -> Any:
+        self.requests["settle"] += 1
+        assert self.doors is not None
+        return pb.SettleReply(settled=self.doors.settle(session, request.sessions))
+
+    def _drain(self, session: Session, request: Any, answer: Answer) -> Any:
+        self.requests["drain"] += 1
+        assert self.doors is not None
+        if request.session:
+            return pb.DrainReply(found=self.doors.end(request.session))
+        self.store.save_all(self._now())
+        self._drains.append((answer, self.store.placement.due()))
+        return self._end_drains()
+
     # -- inside --------------------------------------------------------------------------------
+
+    def _end_drains(self) -> None:
+        """Answer who waits until nothing is due any more."""
+        if self._drains and not self.store.placement.due():
+            drains, self._drains = self._drains, []
+            for answer, written in drains:
+                self._loop.call_soon(answer, pb.DrainReply(found=True, written=written))
 
     def _now(self) -> float:
         return self._loop.time()
@@ -352,7 +368,25 @@ class Service:
             raise InvalidKeys("a hash comes twice in one list: give each block once")
         return layouts[packed.layout], keys
 
-    def _try_reserve(self, session: Session, request: Any, *, force: bool) -> Reserved:
+    def _or_park(
+        self,
+        session: Session,
+        request: Any,
+        answer: Answer,
+        attempt: Callable[[Session, Any, Answer, float, bool], Any],
+    ) -> Any:
+        """The answer to a request that needs room, or None when it waits for some."""
+        wait_s = bounded(request.deadline_s)
+        end = self._loop.time() + wait_s
+        reply = attempt(session, request, answer, end, not wait_s or self._parking.full)
+        if reply is None:
+            again = functools.partial(attempt, session, request, answer, end)
+            self._parking.park(session, wait_s, again, answer)
+        return None if reply is LATER else reply
+
+    def _attempt_reserve(
+        self, session: Session, request: Any, answer: Answer, end: float, last: bool
+    ) -> Any:
         entry, keys = self._keys(request.keys, distinct=True)
         shard = request.shard if request.HasField("shard") else None
         if shard is not None and shard >= entry.layout.shards:
@@ -360,15 +394,40 @@ class Service:
                 f"shard {shard} of a layout with {entry.layout.shards} shards: they count from 0"
             )
         skip = request.skip
-        return self.store.reserve(
+        reserved = self.store.reserve(
             session,
             entry,
             keys[skip:] if skip else keys,
             self._now(),
             shard=shard,
-            force=force,
+            force=last,
             context=keys[:skip],
         )
+        return None if reserved.waiting and not last else self._reserved(request, reserved)
+
+    def _attempt_acquire(
+        self, session: Session, request: Any, answer: Answer, end: float, last: bool
+    ) -> Any:
+        started, skip = time.perf_counter(), request.skip
+        entry, keys = self._keys(request.keys)
+        lease = self.store.acquire(
+            session,
+            entry,
+            keys[skip:] if skip else keys,
+            self._now(),
+            wait=not last,
+            enough=request.enough,
+            tokens_per_s=request.prefill_tokens_per_s,
+            context=keys[:skip],
+        )
+        if lease.parked:
+            return None
+        if lease.answered:
+            reply = self._grant(lease)
+            self.store.counters.dram.latency.record(time.perf_counter() - started)
+            return reply
+        self._reads[lease] = (answer, self._loop.call_at(end, self._acquire_late, lease))
+        return LATER
 
     def _reserved(self, request: Any, reserved: Reserved) -> Any:
         if not (request.again and reserved.lease):
@@ -401,48 +460,19 @@ class Service:
         answer(self._grant(lease))
         self.settle()
 
-    def _reserve_late(self, parked: _Parked) -> None:
-        """The deadline of a reserve has come: what is still to be saved may now be lost."""
-        self._unpark(parked)
-        self._answer_reserve(parked, force=True)
-        self._carry_out()
-
-    def _retry_reserves(self) -> None:
-        """Room may have come: those that wait longest first."""
-        while self._reserves:
-            if not self._answer_reserve(self._reserves[0], force=False):
-                return
-            self._unpark(self._reserves[0])
-
-    def _answer_reserve(self, parked: _Parked, *, force: bool) -> bool:
-        """Try a parked reserve again; returns whether it has been answered."""
-        try:
-            reserved = self._try_reserve(parked.session, parked.request, force=force)
-        except KVStoreError as error:
-            parked.answer(error)
-            return True
-        if reserved.waiting and not force:
-            return False
-        self._carry_out_once()  # the slot table must say so before the client hears of it
-        parked.answer(self._reserved(parked.request, reserved))
-        return True
-
-    def _unpark(self, parked: _Parked) -> None:
-        self._reserves.remove(parked)
-        if parked.timer is not None:
-            parked.timer.cancel()
-
     def _carry_out(self) -> None:
         """Carry out the store's orders until there are none."""
         while self.store.room.orders:
-            if self._carry_out_once() and self._reserves:
-                self._retry_reserves()
+            if self._carry_out_once():
+                self._parking.retry()
 
     def _carry_out_once(self) -> bool:
         """Carry out what there is now; returns whether room may have come."""
         orders = self.store.take_orders()
         if orders.marks:
             self._hands.mark(self.store, orders.marks)
+        if orders.touched:
+            self._hands.touch(self.store, orders.touched)
         if orders.moves:
             self._hands.move(orders.moves)
         if orders.index:
@@ -465,8 +495,3 @@ class Service:
             )
         elif ok and not was_ok:
             log.warning("NVMe tier works again", tenant=self.info.tenant)
-
-
-def _bounded(deadline_s: float) -> float:
-    """A deadline from the wire that the loop can take: NaN and infinity come from strangers."""
-    return deadline_s if 0 <= deadline_s <= DEADLINE_S_MAX else DEADLINE_S_MAX

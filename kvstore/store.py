@@ -11,13 +11,25 @@ argument), what is to be done goes out as `Orders`. One thread calls it. Bytes a
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
-from kvstore.catalog import LOADING, NOWHERE, READY, SPILLING, STORED, WRITING, LayoutEntry
+from kvstore.catalog import (
+    DOOMED,
+    LOADING,
+    NOWHERE,
+    READY,
+    SPILLING,
+    STORED,
+    UNPROVEN,
+    WRITING,
+    LayoutEntry,
+)
+from kvstore.checksums import digest
 from kvstore.errors import InvalidLayout, LimitExceeded
 from kvstore.eviction.base import Policy
+from kvstore.holdings import Holdings
 from kvstore.leases import ReadLease, Session, Sessions, WriteLease
+from kvstore.limits import Limits
 from kvstore.orders import Move, MoveKind, Orders, Outcome
 from kvstore.placement import Placement, PlacementConfig
 from kvstore.reads import Reads
@@ -26,34 +38,30 @@ from kvstore.types import DRAM, NVME, Layout
 from kvstore.writes import Reserved, Writes
 
 
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """Bounds that keep one client from taking everything."""
-
-    leases_per_session: int = 4_096
-    sessions: int = 1_024
-    layouts: int = 256
-
-
 class Store:
     """One tenant's blocks, sessions and leases."""
 
     def __init__(
         self, config: PlacementConfig, limits: Limits, make_policy: Callable[[], Policy]
     ) -> None:
-        self.limits = limits
         self.placement = Placement(config, make_policy)
         self.room = self.placement.room
         self.catalog = self.placement.catalog
         self.counters = self.placement.counters
-        self.sessions = Sessions(limits.leases_per_session)
-        self._reads = Reads(self.placement, self.sessions)
-        self._writes = Writes(self.placement, self.sessions, self._reads.note)
+        self.sessions = Sessions()
+        self.holdings = Holdings(limits, self.sessions, self.catalog, self.counters.limited)
+        self._reads = Reads(self.placement, self.sessions, self.holdings)
+        self._writes = Writes(self.placement, self.sessions, self.holdings, self._reads.note)
         self.commit = self._writes.commit
         self.abort = self._writes.abort
         self.acquire = self._reads.acquire
         self.release = self._reads.release
         self.cut = self._reads.cut
+
+    @property
+    def limits(self) -> Limits:
+        """Bounds of the tenant and its sessions."""
+        return self.holdings.limits
 
     # -- sessions and layouts ------------------------------------------------------------------
 
@@ -189,11 +197,13 @@ class Store:
     def digest(self, now: float) -> None:
         """Tell the policies of accesses since the last time; done after answering, never before."""
         notes, self._reads.notes = self._reads.notes, []
-        keys = self.catalog.keys
+        keys, flags, dram = self.catalog.keys, self.catalog.flags, self.catalog.dram
         for blocks in notes:
             known = [block for block in blocks if keys[block] is not None]
             if known:
                 self.placement.touch(known, now)
+                known.reverse()  # the leaf is the coldest
+                self.room.orders.touched += [dram[b] for b in known if flags[b] & READY]
         self.catalog.recycle()
         if notes:
             self.placement.pump(now)
@@ -203,7 +213,7 @@ class Store:
         if self.placement.health.take_probe(now):
             self.room.orders.moves.append(Move(MoveKind.PROBE, 0, None, b"", 0, 0))
         self.room.retention.expire(now)
-        self.placement.pump(now)
+        self.placement.tick(now)
 
     def save_all(self, now: float) -> None:
         """The daemon is about to stop: queue every copy that is due."""
@@ -239,6 +249,68 @@ class Store:
             self.catalog.drop(bad)
         return len(good)
 
+    def adopt_dram(
+        self,
+        entry: LayoutEntry,
+        keys: Sequence[bytes],
+        pages: Sequence[int],
+        proofs: Sequence[int],
+        now: float,
+    ) -> int:
+        """Committed blocks found in DRAM after a restart, coldest first; returns how many could be
+        seated. Those with a proof (see `checksums.digest`) are checked before they are read."""
+        catalog, flags = self.catalog, self.catalog.flags
+        found = dict(zip(keys, zip(pages, proofs, strict=True), strict=True))
+        rows = [
+            catalog.add(entry, key) if (row := entry.index.get(key)) is None else row
+            for key in found
+        ]
+        places = [page for page, _ in found.values()]
+        seated = self.room.dram.adopt(places, entry.slot_bytes, rows)
+        self.room.orders.marks.update(pages)  # the record of whoever is not seated is wrong
+        good: list[int] = []
+        for row, (page, proof), ok in zip(rows, found.values(), seated, strict=True):
+            assert catalog.dram[row] == NOWHERE and not flags[row] & READY
+            if ok:
+                catalog.dram[row] = page
+                self._found(row, proof)
+                good.append(row)
+            elif not flags[row]:
+                catalog.hide([row])
+                catalog.drop([row])
+        good.reverse()
+        self.room.policy(DRAM, entry.slot_bytes).admit(good, now)
+        self.placement.scrub.adopted(row for row in good if flags[row] & UNPROVEN)
+        self.placement.store_through([row for row in reversed(good) if not flags[row] & STORED])
+        return len(good)
+
+    def _found(self, block: int, proof: int) -> None:
+        """The bytes of a block have been found in DRAM. Its copy on NVMe, where there is one, is
+        kept when it is known to be the same."""
+        catalog = self.catalog
+        stored = catalog.flags[block] & STORED
+        catalog.flags[block] |= READY
+        if stored and not (proof and digest(catalog.sums[block] or b"") == proof):
+            self.room.leave(NVME, [block], "replaced")
+        if proof:
+            catalog.flags[block] |= UNPROVEN
+            catalog.proofs[block] = proof
+
+    def adopt_writing(self, entry: LayoutEntry, page: int, writer: int) -> int | None:
+        """A slot that was being written when an earlier daemon died: nobody gets it before
+        `unquarantine` of the block that is returned. None when it cannot be seated."""
+        catalog = self.catalog
+        block = catalog.add(entry, page.to_bytes(4, "little"))  # no client's key is as short
+        catalog.hide([block])
+        if not self.room.dram.adopt([page], entry.slot_bytes, [block])[0]:
+            catalog.drop([block])
+            return None
+        catalog.dram[block] = page
+        catalog.flags[block] = WRITING | DOOMED
+        catalog.writers[block] = writer
+        self.counters.quarantined += 1
+        return block
+
     def check(self) -> None:
         """Asserts what must hold between calls. For tests: it looks at everything."""
         self.room.check()
@@ -255,6 +327,6 @@ class Store:
                         assert lease.shard is not None or block not in writing
                         writing.add(block)
         for block, flags in enumerate(self.catalog.flags):
-            spilling = 1 if flags & SPILLING else 0
-            assert self.catalog.pins[block] == pins[block] + spilling, f"pins of block {block}"
+            moves = (1 if flags & SPILLING else 0) + self.placement.scrub.count(block)
+            assert self.catalog.pins[block] == pins[block] + moves, f"pins of block {block}"
         assert self.counters.asked == self.counters.hit + self.counters.miss

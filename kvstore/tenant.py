@@ -9,12 +9,13 @@ import fcntl
 import grp
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import structlog
 
-from kvstore import paths
+from kvstore import adoption, paths, sigbus
+from kvstore.adoption import adopt as adopt_dram
 from kvstore.busy_poll import BusyPoll
 from kvstore.config import Config
 from kvstore.disk import Disk, DiskConfig, adopt
@@ -25,15 +26,15 @@ from kvstore.front_door import FrontDoor
 from kvstore.hands import Door, Hands
 from kvstore.hatch import Hatch
 from kvstore.index import Index, Loaded
+from kvstore.leases import Session
 from kvstore.mover import Mover
+from kvstore.orders import Move, Outcome
 from kvstore.placement import PlacementConfig
+from kvstore.processes import Processes
 from kvstore.service import Service, ServiceInfo
-from kvstore.store import Limits, Store
-from kvstore.tiers.dram import DramArena
-from kvstore.tiers.slot_table import SlotTable
+from kvstore.store import Store
+from kvstore.turns import Share, Turns
 
-ARENA = "arena"
-SLOT_TABLE = "slots"
 INDEX_CLOSE_S = 10.0
 POLICIES: dict[str, Callable[[], Policy]] = {"lru": LRU}
 
@@ -51,10 +52,12 @@ class Tenant:
         version: str,
         document: Callable[[], bytes],
         busy_poll: BusyPoll,
+        turns: Turns,
     ) -> None:
         self.name = name
         self._config = config
         self._busy_poll = busy_poll
+        self._turns = turns
         self._loop = asyncio.get_running_loop()
         self._gid = _gid(config.tenants[name].group)
         self._run_dir = config.daemon.run_dir / name
@@ -63,31 +66,20 @@ class Tenant:
             _make_folder(path, mode, self._gid)
         self._locks = [_lock(self._run_dir), _lock(folder)]
         slab_bytes, nvme_bytes = config.slab_bytes, _nvme_bytes(config, name)
-        self._arena = DramArena.create(
-            folder / ARENA,
+        estate = adoption.take_over(
+            folder,
             config.tenant_dram_bytes(name),
+            slab_bytes,
             gid=self._gid,
             preallocate=config.dram.preallocate,
         )
-        self._table = SlotTable.create(
-            folder / SLOT_TABLE, self._arena.capacity_bytes, self._arena.inode, slab_bytes
-        )
-        self.store = Store(
-            PlacementConfig(
-                dram_bytes=self._arena.capacity_bytes,
-                nvme_bytes=nvme_bytes,
-                slab_bytes=slab_bytes,
-                write_policy=config.nvme.write_policy,
-                write_budget=config.nvme.write_budget,
-                spread=len(config.nvme.paths),
-                queue_depth=config.nvme.queue_depth,
-            ),
-            _limits(config),
-            POLICIES[config.eviction.effective_policy],
-        )
+        self._arena, self._table = estate.arena, estate.table
+        self._guard: sigbus.Guard | None = None
+        self._out_of_service = False
+        self._watch_arena()
+        self.store = self._make_store(nvme_bytes)
         self._disk: Disk | None = None
-        self._mover: Mover | None = None
-        self._hands = Hands(self._table)
+        self._hands = Hands(self._table, estate.notes)
         info = ServiceInfo(
             name,
             version,
@@ -97,21 +89,63 @@ class Tenant:
             self._arena.inode,
         )
         self.service = Service(self.store, self._hands, info, document, config.limits.keys_per_call)
-        if nvme_bytes:
-            self._open_disk(nvme_bytes, slab_bytes)
+        self._mover = self._start_mover(nvme_bytes, slab_bytes)
+        self._hands.mover = self._mover
+        if self._disk is not None:
+            self._open_disk(self._disk)
+        self._processes = Processes(self._loop, estate.notes, self.service.unquarantine)
+        if estate.adopted:
+            self._processes.inherit(adopt_dram(self.store, estate, name, self._loop.time()))
+            self.service.settle()
+        self.service.doors = self
         self._hatch: Hatch | None = None
         self._front_door: FrontDoor | None = None
 
+    def _make_store(self, nvme_bytes: int) -> Store:
+        config = self._config
+        placement = PlacementConfig(
+            dram_bytes=self._arena.capacity_bytes,
+            nvme_bytes=nvme_bytes,
+            slab_bytes=config.slab_bytes,
+            write_policy=config.nvme.write_policy,
+            write_budget=config.nvme.write_budget,
+            spread=len(config.nvme.paths),
+            queue_depth=config.nvme.queue_depth,
+            hang_s=config.nvme.hang_timeout,
+        )
+        bounds = config.bounds(self._arena.capacity_bytes)
+        return Store(placement, bounds, POLICIES[config.eviction.effective_policy])
+
     async def start(self) -> None:
         """Open the doors."""
+        share = Share(
+            self._loop, self._turns, lambda: self.store.limits, self.store.counters.limited
+        )
         self._hatch = Hatch(
             self.service,
+            self._processes,
             self._run_dir / paths.HATCH,
             gid=self._gid,
             busy_poll=self._busy_poll,
+            share=share,
         )
-        self._front_door = FrontDoor(self.service, self._run_dir / paths.FRONT_DOOR, gid=self._gid)
+        self._front_door = FrontDoor(
+            self.service,
+            self._processes,
+            self._run_dir / paths.FRONT_DOOR,
+            gid=self._gid,
+            share=share,
+        )
         await self._front_door.start()
+
+    def settle(self, caller: Session, numbers: Sequence[int]) -> int:
+        """See Processes.settle."""
+        return self._processes.settle(caller.number, numbers)
+
+    def end(self, number: int) -> bool:
+        """End a session and its connections; False when there is none of that number."""
+        found = self._hatch is not None and self._hatch.end(number, "an operator ended it")
+        return (self._front_door is not None and self._front_door.end(number)) or found
 
     def reload(self, config: Config) -> None:
         """Take over what a running tenant can take over from a new configuration."""
@@ -120,13 +154,47 @@ class Tenant:
         placement.config = dataclasses.replace(
             placement.config, write_budget=config.nvme.write_budget
         )
-        self.store.limits = _limits(config)
-        self.store.sessions.leases_max = config.limits.leases_per_session
+        self.store.holdings.set_limits(config.bounds(self._arena.capacity_bytes))
         self.service.keys_per_call = config.limits.keys_per_call
+
+    def tick(self) -> None:
+        """Called about twice a second."""
+        if not self._out_of_service:
+            self.service.tick()
+            if self._damaged():
+                self._give_up()
+
+    def _watch_arena(self) -> None:
+        try:
+            self._guard = sigbus.guard(self._arena.address, self._arena.capacity_bytes)
+        except OSError as error:
+            log.warning(
+                "a client that truncates its arena can end the daemon",
+                tenant=self.name,
+                problem=str(error),
+            )
+
+    def _damaged(self) -> bool:
+        return self._arena.damaged() or (self._guard is not None and self._guard.hit)
+
+    def _give_up(self) -> None:
+        """A client has truncated the arena: nothing in it is served any more, nor adopted later.
+        The tenant's blocks on NVMe are kept for the next start; other tenants notice nothing."""
+        self._out_of_service = True
+        path = self._arena.path
+        log.error("arena damaged: tenant out of service", tenant=self.name, path=str(path))
+        self.service.refusal = (
+            f"the arena {path} was truncated by one of its users: tenant {self.name} is out of "
+            "service until kvstored is restarted"
+        )
+        self._mover.close(0)
+        self._table.spoil()
+        for session in list(self.store.sessions):
+            self.end(session.number)
 
     async def stop(self, drain_s: float) -> None:
         """Shut the doors, write out what is due within the time given, close everything."""
-        deadline = time.monotonic() + drain_s
+        deadline = time.monotonic() + (0 if self._out_of_service else drain_s)
         if self._hatch is not None:
             self._hatch.close()
         if self._front_door is not None:
@@ -134,45 +202,51 @@ class Tenant:
         self.store.save_all(self._loop.time())
         while not self.service.idle() and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-        left = self.store.placement.spills
-        clean = True
-        if self._mover is not None and self._disk is not None:
-            left += self._mover.queued()
-            clean = await asyncio.to_thread(self._close_disk, self._mover, self._disk)
+        left = self.store.placement.spills + self._mover.queued()
+        clean = await asyncio.to_thread(self._close_disk)
         if left or not clean:
             log.warning("stopped before all blocks were written", tenant=self.name, left=left)
         self._table.close()
+        if self._guard is not None:
+            sigbus.unguard(self._guard)
         self._arena.close()
         for lock in self._locks:
             os.close(lock)
 
-    def _close_disk(self, mover: Mover, disk: Disk) -> bool:
-        clean = mover.close(INDEX_CLOSE_S)
-        if disk.index is not None:
+    def _close_disk(self) -> bool:
+        clean, disk = self._mover.close(INDEX_CLOSE_S), self._disk
+        if disk is not None and disk.index is not None:
             clean = disk.index.close(INDEX_CLOSE_S) and clean
-        if clean:
+        if disk is not None and clean:
             disk.close()
         return clean
 
-    def _open_disk(self, size_bytes: int, slab_bytes: int) -> None:
+    def _start_mover(self, size_bytes: int, slab_bytes: int) -> Mover:
         config = self._config
         door = Door(self._loop, self.service.finished)
-        self._disk = Disk(
-            DiskConfig(
-                tenant=self.name,
-                folders=tuple(path / self.name for path in config.nvme.paths),
-                size_bytes=size_bytes,
-                slab_bytes=slab_bytes,
-                sync_interval_s=config.nvme.sync_interval,
-            ),
-            self._disk_opened,
-        )
-        self._mover = Mover(
-            self._arena, self._disk, door.report, threads=config.nvme.threads, name=self.name
-        )
-        self._hands.mover = self._mover
+
+        def report(move: Move, outcome: Outcome, problem: str) -> None:
+            """Whatever was read or written while the arena was damaged counts for nothing."""
+            if not self._damaged():
+                door.report(move, outcome, problem)
+
+        if size_bytes:
+            self._disk = Disk(
+                DiskConfig(
+                    tenant=self.name,
+                    folders=tuple(path / self.name for path in config.nvme.paths),
+                    size_bytes=size_bytes,
+                    slab_bytes=slab_bytes,
+                    sync_interval_s=config.nvme.sync_interval,
+                    faults=config.faults.plan,
+                ),
+                self._disk_opened,
+            )
+        return Mover(self._arena, self._disk, report, threads=config.nvme.threads, name=self.name)
+
+    def _open_disk(self, disk: Disk) -> None:
         try:
-            self._disk.open()
+            disk.open()
         except OSError as error:
             if error.errno in (errno.EBUSY, errno.EAGAIN):
                 raise AlreadyRunning(
@@ -214,11 +288,6 @@ def _nvme_bytes(config: Config, name: str) -> int:
     return quota // row * row if row else 0
 
 
-def _limits(config: Config) -> Limits:
-    limits = config.limits
-    return Limits(limits.leases_per_session, limits.sessions, limits.layouts)
-
-
 def _gid(group: str) -> int | None:
     return grp.getgrnam(group).gr_gid if group else None
 
@@ -227,9 +296,8 @@ def _make_folder(path: Path, mode: int, gid: int | None) -> None:
     try:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         path.mkdir(mode=mode, exist_ok=True)
-        if gid is not None:
-            os.chown(path, -1, gid)
-            os.chmod(path, mode)
+        os.chown(path, -1, os.getegid() if gid is None else gid)  # also of one there before
+        os.chmod(path, mode)
     except OSError as error:
         raise InvalidConfig(
             f"folder {path} cannot be made ready: {error.strerror}: give the daemon's user access, "

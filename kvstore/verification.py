@@ -30,26 +30,26 @@ class Verification:
         self._store = store
         self._runs: list[_Run] = []
 
-    def start(self, answer: Callable[[Any], None]) -> None:
+    def start(self, answer: Callable[[Any], None], now: float) -> None:
         """Check every block that is on NVMe now; `answer` is called with the counts at the end."""
         flags = self._store.catalog.flags
         run = _Run([block for block in range(len(flags)) if flags[block] & STORED], answer)
         self._runs.append(run)
-        self._go_on(run)
+        self._go_on(run, now)
 
-    def checked(self, block: int, outcome: Outcome) -> None:
+    def checked(self, block: int, outcome: Outcome, now: float) -> None:
         """A check that was ordered has ended."""
         for run in [run for run in self._runs if block in run.in_flight]:
             run.in_flight.remove(block)
             run.reply.checked += outcome is not Outcome.FAILED
             run.reply.skipped += outcome is Outcome.FAILED
             run.reply.damaged += outcome is Outcome.CORRUPT
-            self._go_on(run)
+            self._go_on(run, now)
 
-    def _go_on(self, run: _Run) -> None:
+    def _go_on(self, run: _Run, now: float) -> None:
         while run.blocks and len(run.in_flight) < IN_FLIGHT_MAX:
             block = run.blocks.pop()
-            if self._store.placement.verify(block):
+            if self._store.placement.verify(block, now):
                 run.in_flight.add(block)
             else:
                 run.reply.skipped += 1

@@ -7,8 +7,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
 from kvstore.catalog import DOOMED, LOADING, READY, STORED, WRITING, LayoutEntry
-from kvstore.errors import LimitExceeded
-from kvstore.leases import Session, Sessions, WriteLease
+from kvstore.holdings import Holdings
+from kvstore.leases import SEVERAL, Session, Sessions, WriteLease
 from kvstore.placement import Placement
 from kvstore.types import NVME
 
@@ -46,13 +46,18 @@ class Writes:
     """Write leases of one tenant."""
 
     def __init__(
-        self, placement: Placement, sessions: Sessions, note: Callable[[list[int]], None]
+        self,
+        placement: Placement,
+        sessions: Sessions,
+        holdings: Holdings,
+        note: Callable[[list[int]], None],
     ) -> None:
         self.placement = placement
         self._note = note
         self.catalog = placement.catalog
         self.counters = placement.counters
         self.sessions = sessions
+        self.holdings = holdings
         self._parts: dict[int, _Parts] = {}
         # Of them, those that nobody works on, idle for longest first.
         self._idle_parts: OrderedDict[int, None] = OrderedDict()
@@ -77,11 +82,12 @@ class Writes:
         """
         status = bytearray(len(keys))
         claimed, fresh, present = self._sort_keys(entry, keys, shard, status)
-        if (claimed or fresh) and self.sessions.full(session):
-            raise LimitExceeded(
-                f"this session holds {len(session.leases)} leases, the most that "
-                "limits.leases_per_session allows: commit, abort or release some"
-            )
+        if claimed or fresh:
+            self.holdings.check_leases(session)
+            wanted = len(claimed) + len(fresh)
+            allowed = self.holdings.allow(session, entry, wanted, now)
+            if allowed < wanted:
+                claimed, fresh = _refuse_tail(claimed, fresh, allowed, status)
         if shard is not None:  # before making room: what is claimed is not given up
             self._claim([entry.index[keys[at]] for at in claimed], shard)
         blocks = self._rows(entry, [keys[at] for at in fresh])
@@ -90,8 +96,10 @@ class Writes:
         got = self._take(blocks, chain, now, force)
         for at in fresh[got:]:
             status[at] = REFUSED
+        writer = session.number if shard is None else SEVERAL
         for block in blocks[:got]:
             flags[block] |= WRITING
+            self.catalog.writers[block] = writer
         self._unrow(blocks[got:])
         waiting = bool(fresh) and not got and not claimed and self.placement.spills > 0
         granted = blocks[:got]
@@ -273,3 +281,14 @@ class Writes:
             elif not parts.claimed:
                 self._idle_parts[block] = None
         return complete
+
+
+def _refuse_tail(
+    claimed: list[int], fresh: list[int], allowed: int, status: bytearray
+) -> tuple[list[int], list[int]]:
+    """Of the places that could be written, the first `allowed`; the others are refused."""
+    places = sorted(claimed + fresh)
+    for at in places[allowed:]:
+        status[at] = REFUSED
+    end = places[allowed]
+    return [at for at in claimed if at < end], [at for at in fresh if at < end]

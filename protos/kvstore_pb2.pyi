@@ -1,7 +1,8 @@
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from typing import ClassVar as _ClassVar, Mapping as _Mapping, Optional as _Optional, Union as _Union
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -22,6 +23,8 @@ class Verb(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STATS: _ClassVar[Verb]
     CLEAR: _ClassVar[Verb]
     VERIFY: _ClassVar[Verb]
+    SETTLE: _ClassVar[Verb]
+    DRAIN: _ClassVar[Verb]
 VERB_UNSPECIFIED: Verb
 ATTACH: Verb
 OPEN: Verb
@@ -37,6 +40,8 @@ FORGET: Verb
 STATS: Verb
 CLEAR: Verb
 VERIFY: Verb
+SETTLE: Verb
+DRAIN: Verb
 
 class ErrorReply(_message.Message):
     __slots__ = ("error", "message")
@@ -47,17 +52,21 @@ class ErrorReply(_message.Message):
     def __init__(self, error: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class AttachRequest(_message.Message):
-    __slots__ = ("protocol", "client", "pid")
+    __slots__ = ("protocol", "client", "pid", "join", "token")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
+    JOIN_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     client: str
     pid: int
-    def __init__(self, protocol: _Optional[int] = ..., client: _Optional[str] = ..., pid: _Optional[int] = ...) -> None: ...
+    join: int
+    token: bytes
+    def __init__(self, protocol: _Optional[int] = ..., client: _Optional[str] = ..., pid: _Optional[int] = ..., join: _Optional[int] = ..., token: _Optional[bytes] = ...) -> None: ...
 
 class AttachReply(_message.Message):
-    __slots__ = ("protocol", "version", "tenant", "generation", "token", "arena_path", "arena_bytes", "arena_inode", "keys_max", "leases_max")
+    __slots__ = ("protocol", "version", "tenant", "generation", "token", "arena_path", "arena_bytes", "arena_inode", "keys_max", "leases_max", "session")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +77,7 @@ class AttachReply(_message.Message):
     ARENA_INODE_FIELD_NUMBER: _ClassVar[int]
     KEYS_MAX_FIELD_NUMBER: _ClassVar[int]
     LEASES_MAX_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     version: str
     tenant: str
@@ -78,7 +88,8 @@ class AttachReply(_message.Message):
     arena_inode: int
     keys_max: int
     leases_max: int
-    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., tenant: _Optional[str] = ..., generation: _Optional[int] = ..., token: _Optional[bytes] = ..., arena_path: _Optional[str] = ..., arena_bytes: _Optional[int] = ..., arena_inode: _Optional[int] = ..., keys_max: _Optional[int] = ..., leases_max: _Optional[int] = ...) -> None: ...
+    session: int
+    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., tenant: _Optional[str] = ..., generation: _Optional[int] = ..., token: _Optional[bytes] = ..., arena_path: _Optional[str] = ..., arena_bytes: _Optional[int] = ..., arena_inode: _Optional[int] = ..., keys_max: _Optional[int] = ..., leases_max: _Optional[int] = ..., session: _Optional[int] = ...) -> None: ...
 
 class LayoutMessage(_message.Message):
     __slots__ = ("model", "engine", "dtype", "block_tokens", "shards", "shard_bytes")
@@ -337,3 +348,29 @@ class VerifyReply(_message.Message):
     damaged: int
     skipped: int
     def __init__(self, checked: _Optional[int] = ..., damaged: _Optional[int] = ..., skipped: _Optional[int] = ...) -> None: ...
+
+class SettleRequest(_message.Message):
+    __slots__ = ("sessions",)
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    sessions: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, sessions: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class SettleReply(_message.Message):
+    __slots__ = ("settled",)
+    SETTLED_FIELD_NUMBER: _ClassVar[int]
+    settled: int
+    def __init__(self, settled: _Optional[int] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("session",)
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    session: int
+    def __init__(self, session: _Optional[int] = ...) -> None: ...
+
+class DrainReply(_message.Message):
+    __slots__ = ("found", "written")
+    FOUND_FIELD_NUMBER: _ClassVar[int]
+    WRITTEN_FIELD_NUMBER: _ClassVar[int]
+    found: bool
+    written: int
+    def __init__(self, found: bool = ..., written: _Optional[int] = ...) -> None: ...

@@ -104,6 +104,16 @@ class KVStoreStub(object):
                 request_serializer=kvstore_dot_protos_dot_kvstore__pb2.VerifyRequest.SerializeToString,
                 response_deserializer=kvstore_dot_protos_dot_kvstore__pb2.VerifyReply.FromString,
                 _registered_method=True)
+        self.Settle = channel.unary_unary(
+                '/kvstore.v1.KVStore/Settle',
+                request_serializer=kvstore_dot_protos_dot_kvstore__pb2.SettleRequest.SerializeToString,
+                response_deserializer=kvstore_dot_protos_dot_kvstore__pb2.SettleReply.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/kvstore.v1.KVStore/Drain',
+                request_serializer=kvstore_dot_protos_dot_kvstore__pb2.DrainRequest.SerializeToString,
+                response_deserializer=kvstore_dot_protos_dot_kvstore__pb2.DrainReply.FromString,
+                _registered_method=True)
 
 
 class KVStoreServicer(object):
@@ -195,6 +205,18 @@ class KVStoreServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Settle(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KVStoreServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -267,6 +289,16 @@ def add_KVStoreServicer_to_server(servicer, server):
                     servicer.Verify,
                     request_deserializer=kvstore_dot_protos_dot_kvstore__pb2.VerifyRequest.FromString,
                     response_serializer=kvstore_dot_protos_dot_kvstore__pb2.VerifyReply.SerializeToString,
+            ),
+            'Settle': grpc.unary_unary_rpc_method_handler(
+                    servicer.Settle,
+                    request_deserializer=kvstore_dot_protos_dot_kvstore__pb2.SettleRequest.FromString,
+                    response_serializer=kvstore_dot_protos_dot_kvstore__pb2.SettleReply.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=kvstore_dot_protos_dot_kvstore__pb2.DrainRequest.FromString,
+                    response_serializer=kvstore_dot_protos_dot_kvstore__pb2.DrainReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -647,6 +679,60 @@ class KVStore(object):
             '/kvstore.v1.KVStore/Verify',
             kvstore_dot_protos_dot_kvstore__pb2.VerifyRequest.SerializeToString,
             kvstore_dot_protos_dot_kvstore__pb2.VerifyReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Settle(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstore.v1.KVStore/Settle',
+            kvstore_dot_protos_dot_kvstore__pb2.SettleRequest.SerializeToString,
+            kvstore_dot_protos_dot_kvstore__pb2.SettleReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstore.v1.KVStore/Drain',
+            kvstore_dot_protos_dot_kvstore__pb2.DrainRequest.SerializeToString,
+            kvstore_dot_protos_dot_kvstore__pb2.DrainReply.FromString,
             options,
             channel_credentials,
             insecure,

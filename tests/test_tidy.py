@@ -18,7 +18,7 @@ FUNCTION_LINES_MAX = 60
 
 # Imports go down only. A floor may import its own, those below it, and the rooms named beside it.
 FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("ground", ("errors", "mapping", "paths", "spin", "types")),
+    ("ground", ("errors", "mapping", "paths", "spin", "types", "units")),
     (
         "core",
         (
@@ -26,20 +26,37 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "checksums",
             "counters",
             "health",
+            "holdings",
             "index",
             "index_reader",
             "leases",
+            "limits",
             "orders",
             "placement",
             "reads",
             "retention",
             "room",
+            "scrub",
             "slots",
             "store",
             "writes",
         ),
     ),
-    ("upper", ("config", "disk", "hands", "metrics", "mover", "service", "verification")),
+    (
+        "upper",
+        (
+            "adoption",
+            "carrier",
+            "config",
+            "disk",
+            "hands",
+            "metrics",
+            "mover",
+            "parking",
+            "service",
+            "verification",
+        ),
+    ),
     (
         "roof",
         (
@@ -48,6 +65,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "bench_limits",
             "busy_poll",
             "cli",
+            "cli_service",
             "cli_stats",
             "daemon",
             "doctor",
@@ -55,7 +73,11 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "hatch",
             "notify",
             "peers",
+            "service_unit",
+            "sigbus",
+            "processes",
             "tenant",
+            "turns",
         ),
     ),
 )
@@ -73,8 +95,8 @@ SEEN_BY_ROOM = {
     "client": ("protos", "errors", "mapping", "paths", "spin", "types"),
 }
 BRAIN = (
-    *("catalog", "counters", "health", "leases", "orders", "placement", "reads", "retention"),
-    *("room", "slots", "store", "writes"),
+    *("catalog", "counters", "health", "holdings", "leases", "limits", "orders", "placement"),
+    *("reads", "retention", "room", "scrub", "slots", "store", "writes"),
 )
 IMPURE = {"asyncio", "os", "random", "socket", "threading", "time", "datetime", "secrets", "lmdb"}
 

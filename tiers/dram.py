@@ -12,9 +12,10 @@ import os
 import stat
 from pathlib import Path
 
-from kvstore.mapping import HUGE_BYTES, collapse, map_shared
+from kvstore.mapping import HUGE_BYTES, address_of_map, collapse, map_shared
 from kvstore.tiers.base import ALIGNMENT, check_range, copy, flat, named
 
+ARENA_MODE = 0o660  # the group of the tenant maps it
 COLLAPSE_BYTES = 64 << 20
 FALLOCATE_BYTES = 1 << 30  # one call is restarted from its start by a signal, so it is kept short
 
@@ -23,8 +24,8 @@ class DramArena:
     """A tier whose bytes are also reachable as memory: `view` hands them out without a copy.
 
     A client that maps the file can also truncate it (its mode lets the group write): then touching
-    the lost pages through a view kills the toucher with SIGBUS, while system calls on such a view
-    (NVMe reads and writes) fail with EFAULT.
+    the lost pages through a view is a SIGBUS for the toucher, while system calls on such a view
+    (NVMe reads and writes) fail with EFAULT. `damaged` tells, as long as the pages are missing.
     """
 
     name = "dram"
@@ -42,10 +43,24 @@ class DramArena:
             self.capacity_bytes = status.st_size
             self._map = map_shared(file, status.st_size)
         except OSError as error:
-            raise named(error, path) from error
-        finally:
             os.close(file)
+            raise named(error, path) from error
+        self._file = file
+        self._allocated = _holds(status) >= status.st_size
         self._bytes = memoryview(self._map)
+
+    @property
+    def address(self) -> int:
+        """Where its map begins."""
+        return address_of_map(self._map)
+
+    def damaged(self) -> bool:
+        """Whether a client has cut it short: its end is missing, or pages that it had."""
+        if self._file < 0:
+            return True  # closed
+        status = os.fstat(self._file)
+        lost = self._allocated and _holds(status) < self.capacity_bytes
+        return lost or status.st_size < self.capacity_bytes
 
     @classmethod
     def create(
@@ -53,7 +68,7 @@ class DramArena:
         path: Path,
         size_bytes: int,
         *,
-        mode: int = 0o660,
+        mode: int = ARENA_MODE,
         gid: int | None = None,
         preallocate: bool = True,
     ) -> DramArena:
@@ -118,9 +133,17 @@ class DramArena:
 
     def close(self) -> None:
         """See Tier.close; the map stays for as long as someone holds a view of it."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
         with contextlib.suppress(BufferError):
             self._bytes.release()
             self._map.close()
+
+
+def _holds(status: os.stat_result) -> int:
+    """Bytes of memory that a file takes."""
+    return status.st_blocks * 512
 
 
 def _allocate(file: int, size_bytes: int) -> None:

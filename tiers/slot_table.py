@@ -17,21 +17,23 @@ Format (version 1, little endian; the file is sparse and mapped)
     48        zeros to 4096
 
     slabs, from 4096, rounded up to whole pages
-    8 * s  8  bytes of each slot in slab s, 0 while the slab is unassigned
+    8 * s  5  bytes of each slot in slab s, 0 while the slab is unassigned
+    + 5    3  low bytes of xxh3_64 of those 5, seeded with s
 
     records, 128 bytes each; record i of slab s is number s * (records per slab) + i, and describes
     the slot at s * slab_bytes + i * (slot bytes of the slab)
-    0      4  low half of xxh3_64 of bytes 4..128
+    0      4  low half of xxh3_64 of bytes 4..120
     4      1  state: 0 empty, 1 being written, 2 committed
     5      1  bytes of the hash
     6      2  zero
     8      8  offset of the slot in the arena
-    16     8  sequence: the order of commits
-    24     8  checksum of the content, 0 while none is known
-    32     4  process id of the writer
-    36    12  zero
-    48    16  fingerprint of the layout
-    64    64  hash, padded with zeros
+    16     8  checksum of the content, 0 while none is known
+    24     4  number of the session that writes it
+    28     4  zero
+    32    16  fingerprint of the layout
+    48    64  hash, padded with zeros
+    112    8  zero
+    120    8  sequence: the order of last uses; changed alone, so no part of the sum
     A record of zeros is an empty slot.
 
 A slab changes its slot size in the order: size to 0, records erased, new size; so no record is ever
@@ -53,7 +55,7 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +73,10 @@ _MAGIC = b"KVSLOTS\0"
 _HEADER = struct.Struct("<8sIIQQQII")
 _SUM = struct.Struct("<I")
 _SLAB = struct.Struct("<Q")
-_BODY = struct.Struct("<BBxxQQQI12x16s64s")  # a record behind its checksum
+_BODY = struct.Struct("<BBxxQQI4x16s64s8x")  # a record between its checksum and its sequence
+_SEQUENCE = struct.Struct("<Q")
+_SEQUENCE_AT = _SUM.size + _BODY.size
+_SLOT_BYTES_MAX = (1 << 40) - 1
 _NO_RECORD = bytes(RECORD_BYTES)
 _RECORDS_PER_PAGE = ALIGNMENT // RECORD_BYTES
 
@@ -87,20 +92,20 @@ class SlotRecord:
     hash: bytes
     sequence: int
     checksum: int
-    pid: int
+    session: int
 
 
 class SlotTable:
     """The mapped table; one process writes it, from one thread.
 
-    damaged      records that the last `records()` skipped because they were torn
+    damaged      offset and slot bytes of the records that the last `records()` skipped, being torn
     slot_bytes   for each slab the bytes of its slots, 0 for an unassigned one; read only
     """
 
     def __init__(self, path: Path, file: int) -> None:
         """Maps an open file and takes it over; use `create` or `open`."""
         self.path = path
-        self.damaged = 0
+        self.damaged: list[tuple[int, int]] = []
         try:
             self._map = mmap.mmap(file, os.fstat(file).st_size)
         finally:
@@ -110,9 +115,12 @@ class SlotTable:
         count = -(-self.arena_bytes // self.slab_bytes)
         self._records = _sizes(self.arena_bytes, self.slab_bytes)[0]
         self._region = per_slab * RECORD_BYTES
-        self.slot_bytes: list[int] = [
+        self._words = np.frombuffer(self._map, np.uint64)
+        words = [
             _SLAB.unpack_from(self._map, ALIGNMENT + slab * _SLAB.size)[0] for slab in range(count)
         ]
+        self.slot_bytes: list[int] = [word & _SLOT_BYTES_MAX for word in words]
+        self._torn = [slab for slab, word in enumerate(words) if word != _slab_word(slab, word)]
 
     @classmethod
     def create(cls, path: Path, arena_bytes: int, arena_inode: int, slab_bytes: int) -> SlotTable:
@@ -155,9 +163,9 @@ class SlotTable:
             raise
         table = cls(path, file)
         for slab, size in enumerate(table.slot_bytes):
-            if size % ALIGNMENT or size > table.slab_bytes:
+            if slab in table._torn or size % ALIGNMENT or size > table.slab_bytes:
                 table.close()
-                raise ValueError(f"{path}: slab {slab} has slots of {size} bytes; not adopted")
+                raise ValueError(f"{path}: slab {slab} is damaged; not adopted")
         return table
 
     def assign(self, slab: int, slot_bytes: int) -> None:
@@ -186,22 +194,39 @@ class SlotTable:
         hash: bytes = b"",
         sequence: int = 0,
         checksum: int = 0,
-        pid: int = 0,
+        session: int = 0,
     ) -> None:
         """Describe the slot at `offset`; ValueError when no slot begins there."""
         if len(hash) > HASH_BYTES_MAX or len(layout) > LAYOUT_BYTES:
             raise ValueError(f"hash of {len(hash)} or layout of {len(layout)} bytes is too long")
         place = self._place(offset)
-        body = _BODY.pack(state, len(hash), offset, sequence, checksum, pid, layout, hash)
-        self._map[place : place + RECORD_BYTES] = _SUM.pack(xxh3(body) & 0xFFFFFFFF) + body
+        body = _BODY.pack(state, len(hash), offset, checksum, session, layout, hash)
+        sum = _SUM.pack(xxh3(body) & 0xFFFFFFFF)
+        self._map[place : place + RECORD_BYTES] = sum + body + _SEQUENCE.pack(sequence)
 
-    def write_writing(self, offsets: Iterable[int]) -> None:
-        """Say of many slots at once that something is being written there."""
+    def write_writing(self, slots: Iterable[tuple[int, int, bytes]]) -> None:
+        """Say of many slots at once what is being written there: offset, session, layout."""
         table, pack, pack_sum, place = self._map, _BODY.pack, _SUM.pack, self._place
-        for offset in offsets:
-            body = pack(WRITING, 0, offset, 0, 0, 0, b"", b"")
+        for offset, session, layout in slots:
+            body = pack(WRITING, 0, offset, 0, session, layout, b"")
             start = place(offset)
-            table[start : start + RECORD_BYTES] = pack_sum(xxh3(body) & 0xFFFFFFFF) + body
+            record = pack_sum(xxh3(body) & 0xFFFFFFFF) + body
+            table[start : start + _SEQUENCE_AT] = record
+
+    def touch(self, offsets: Sequence[int], sequence: int) -> None:
+        """The committed slots at these offsets have just been used, the last of them last."""
+        at = np.asarray(offsets, np.int64)
+        slabs, inside = np.divmod(at, self.slab_bytes)
+        sizes = np.asarray(self.slot_bytes, np.int64)[slabs]
+        known = sizes > 0
+        slabs, inside, sizes = slabs[known], inside[known], sizes[known]
+        places = self._records + slabs * self._region + inside // sizes * RECORD_BYTES
+        words = (places + _SEQUENCE_AT) // _SEQUENCE.size
+        self._words[words] = np.arange(sequence, sequence + len(words), dtype=np.uint64)
+
+    def spoil(self) -> None:
+        """What this table says is not all that is true: nobody is to adopt it."""
+        self._map[: len(_MAGIC)] = bytes(len(_MAGIC))
 
     def clear(self, offset: int) -> None:
         """The slot at `offset` is empty; ValueError when no slot begins there."""
@@ -210,7 +235,7 @@ class SlotTable:
 
     def records(self) -> Iterator[SlotRecord]:
         """Every slot that is not empty, by offset; torn records are skipped and counted."""
-        self.damaged = 0
+        self.damaged.clear()
         for slab, slot_bytes in enumerate(self.slot_bytes):
             if not slot_bytes:
                 continue
@@ -218,15 +243,17 @@ class SlotTable:
             size = min(self.slab_bytes, self.arena_bytes - slab * self.slab_bytes)
             chunk = self._map[start : start + size // slot_bytes * RECORD_BYTES]
             rows = np.frombuffer(chunk, np.uint8).reshape(-1, RECORD_BYTES)
-            for i in np.flatnonzero(rows.any(axis=1)).tolist():
+            for i in np.flatnonzero(rows[:, :_SEQUENCE_AT].any(axis=1)).tolist():
+                offset = slab * self.slab_bytes + i * slot_bytes
                 record = _parse(chunk, i * RECORD_BYTES, slot_bytes)
-                if record is None or record.offset != slab * self.slab_bytes + i * slot_bytes:
-                    self.damaged += 1
+                if record is None or record.offset != offset:
+                    self.damaged.append((offset, slot_bytes))
                 elif record.state != EMPTY:
                     yield record
 
     def close(self) -> None:
         """Unmap the table; a second call does nothing."""
+        self._words = np.empty(0, np.uint64)
         self._map.close()
 
     def _place(self, offset: int) -> int:
@@ -242,7 +269,7 @@ class SlotTable:
 
     def _set_slab(self, slab: int, slot_bytes: int) -> None:
         place = ALIGNMENT + slab * _SLAB.size
-        self._map[place : place + _SLAB.size] = _SLAB.pack(slot_bytes)
+        self._map[place : place + _SLAB.size] = _SLAB.pack(_slab_word(slab, slot_bytes))
         self.slot_bytes[slab] = slot_bytes
 
     def _erase(self, start: int) -> None:
@@ -259,6 +286,15 @@ class SlotTable:
             raise named(error, self.path) from error
         finally:
             os.close(file)
+
+
+def _slab_word(slab: int, slot_bytes: int) -> int:
+    """A slot size with its checksum, in the eight bytes that are written at once. Zero, as in a new
+    file, is a slab without slots."""
+    size = slot_bytes & _SLOT_BYTES_MAX
+    if not size:
+        return 0
+    return size | (xxh3(size.to_bytes(5, "little"), slab) & 0xFFFFFF) << 40
 
 
 def _sizes(arena_bytes: int, slab_bytes: int) -> tuple[int, int]:
@@ -302,11 +338,11 @@ def _check_header(path: Path, page: bytes, size: int) -> None:
 def _parse(chunk: bytes, place: int, slot_bytes: int) -> SlotRecord | None:
     """The record at `place`, or None when it is torn."""
     record = chunk[place : place + RECORD_BYTES]
-    if xxh3(record[_SUM.size :]) & 0xFFFFFFFF != _SUM.unpack_from(record)[0]:
+    if xxh3(record[_SUM.size : _SEQUENCE_AT]) & 0xFFFFFFFF != _SUM.unpack_from(record)[0]:
         return None
-    state, length, offset, sequence, checksum, pid, layout, digest = _BODY.unpack_from(
-        record, _SUM.size
-    )
+    state, length, offset, checksum, session, layout, digest = _BODY.unpack_from(record, _SUM.size)
+    sequence: int = _SEQUENCE.unpack_from(record, _SEQUENCE_AT)[0]
     if state not in (EMPTY, WRITING, COMMITTED) or length > HASH_BYTES_MAX:
         return None
-    return SlotRecord(offset, slot_bytes, state, layout, digest[:length], sequence, checksum, pid)
+    hash = digest[:length]
+    return SlotRecord(offset, slot_bytes, state, layout, hash, sequence, checksum, session)

@@ -20,6 +20,8 @@ Name = tuple[int, bytes]  # layout number, key
 Bytes = tuple[Token, ...]
 JUNK: Token = (b"junk", 0, 0)
 WILL_LOAD = (MoveKind.LOAD, MoveKind.PREFETCH)
+READS_DRAM = (MoveKind.SPILL, MoveKind.SUM, MoveKind.PROVE)
+USES_NVME = (*WILL_LOAD, MoveKind.SPILL, MoveKind.VERIFY)
 
 
 def sums_of(content: Bytes) -> bytes:
@@ -161,7 +163,7 @@ class Books:
         for move in self.pending:
             if move.kind in (*WILL_LOAD, MoveKind.VERIFY):
                 assert sums_of(self.nvme[move.nvme]) == move.sums, "a slot changed while it is read"
-            elif move.kind is MoveKind.SPILL:
+            elif move.kind in READS_DRAM:
                 assert tuple(self.dram[move.dram]) == self.latched[id(move)]
         filled = [move.dram for move in self.pending if move.kind in WILL_LOAD]
         written = [move.nvme for move in self.pending if move.kind is MoveKind.SPILL]
@@ -184,7 +186,7 @@ class Books:
         for reader in self.readers:
             pages = (catalog.dram[block] for block in reader.lease.blocks)
             leased |= {page for page in pages if page != NOWHERE}
-        spilling = {move.dram for move in self.pending if move.kind is MoveKind.SPILL}
+        spilling = {move.dram for move in self.pending if move.kind in READS_DRAM}
         for move in self.pending:  # a forgotten block keeps both its places while one is read
             if move.kind is MoveKind.VERIFY and catalog.flags[move.block] & DOOMED:
                 spilling |= {catalog.dram[move.block]} - {NOWHERE}
@@ -202,7 +204,7 @@ class Books:
     def _check_nvme(self) -> None:
         store, catalog = self.store, self.store.catalog
         owners = store.room.nvme.owners()
-        held = {move.nvme for move in self.pending if move.kind is not MoveKind.PROBE}
+        held = {move.nvme for move in self.pending if move.kind in USES_NVME}
         stored = {
             catalog.nvme[b]: (catalog.layout[b], catalog.keys[b])
             for b, flags in enumerate(catalog.flags)
@@ -216,7 +218,8 @@ class Books:
         assert store.room.nvme.used_bytes == self._size(owners)
 
     def _check_waiting(self) -> None:
-        loading = {move.block for move in self.pending if move.kind in WILL_LOAD}
+        awaited = (*WILL_LOAD, MoveKind.PROVE)
+        loading = {move.block for move in self.pending if move.kind in awaited}
         for reader in self.readers:
             lease = reader.lease
             if not lease.answered:
@@ -275,7 +278,7 @@ class Books:
             else:
                 self.index[page] = put
         for move in orders.moves:
-            if move.kind is MoveKind.SPILL:
+            if move.kind in READS_DRAM:
                 self.latched[id(move)] = tuple(self.dram[move.dram])
             elif move.kind in WILL_LOAD:
                 assert catalog.flags[move.block] & LOADING

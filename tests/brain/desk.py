@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from kvstore.catalog import LayoutEntry
 from kvstore.eviction.lru import LRU
 from kvstore.leases import ReadLease, Session
+from kvstore.limits import Limits
 from kvstore.orders import IndexPut, Move, MoveKind, Outcome
 from kvstore.placement import PlacementConfig
-from kvstore.store import Limits, Store
+from kvstore.store import Store
 from kvstore.types import SLOT_ALIGNMENT, Layout
 from kvstore.writes import NEW, Reserved
 

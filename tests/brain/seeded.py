@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvstore.leases import Session
+from kvstore.limits import Limits
 from kvstore.orders import Outcome
 from kvstore.placement import PlacementConfig
-from kvstore.store import Limits
 from tests.brain.books import Reader
 from tests.brain.world import KEYS, PAGE, SHAPES, World, key_of
 

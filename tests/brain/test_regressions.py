@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from kvstore.health import DeviceHealth
+from kvstore.limits import Limits
 from kvstore.orders import MoveKind, Outcome
 from kvstore.retention import RETAINED_MAX, Retention
-from kvstore.store import Limits
 from kvstore.writes import NEW, REFUSED
 from tests.brain.desk import PAGE, Desk, keys, stored_below
 
@@ -99,7 +99,7 @@ def test_a_forgotten_block_may_turn_out_damaged(outcome: Outcome) -> None:
     go that was gone already: an assertion ended the tenant. Now it only frees the slot."""
     desk = stored_below()
     entry = desk.layout()
-    desk.store.placement.verify(entry.index[keys(0)[0]])
+    desk.store.placement.verify(entry.index[keys(0)[0]], desk.now)
     desk.look()
     desk.store.forget(entry, keys(0))
     desk.finish(outcome=outcome)
@@ -114,7 +114,7 @@ def test_two_reads_may_find_the_same_damage(first: MoveKind) -> None:
     assertion ended the tenant. Now the slot is free when the last read has ended."""
     desk = stored_below()
     entry = desk.layout()
-    desk.store.placement.verify(entry.index[keys(0)[0]])
+    desk.store.placement.verify(entry.index[keys(0)[0]], desk.now)
     desk.look()
     desk.acquire(entry, 0)
     desk.finish(first, Outcome.CORRUPT)
@@ -154,6 +154,7 @@ def test_what_is_stored_again_while_fenced_replaces_the_old_copy() -> None:
     desk.store.tick(desk.now)
     desk.look()
     desk.finish(MoveKind.PROBE)
+    assert desk.finish(MoveKind.SUM).key == keys(0)[0]
     assert desk.keys_of(desk.moves) == keys(0) and desk.kinds() == [SPILL]
 
 

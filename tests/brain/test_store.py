@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from kvstore.errors import InvalidLayout, LimitExceeded
+from kvstore.limits import Limits
 from kvstore.orders import MoveKind
 from kvstore.reads import ABSENT, END
-from kvstore.store import Limits
 from kvstore.writes import NEW, PRESENT, REFUSED
 from tests.brain.desk import Desk, keys
 

@@ -13,14 +13,16 @@ from kvstore.errors import LimitExceeded
 from kvstore.eviction.base import Policy
 from kvstore.eviction.lru import LRU
 from kvstore.leases import Session
+from kvstore.limits import Limits
 from kvstore.orders import IndexPut, Move, MoveKind, Outcome
 from kvstore.placement import PlacementConfig
 from kvstore.reads import LATE, STOP_NAMES
-from kvstore.store import Limits, Store
+from kvstore.store import Store
 from kvstore.types import SLOT_ALIGNMENT, Layout
 from kvstore.writes import NEW, PRESENT, REFUSED, Reserved
 from tests.brain.books import (
     JUNK,
+    READS_DRAM,
     WILL_LOAD,
     Books,
     Bytes,
@@ -299,8 +301,13 @@ class World(Books):
         """A move has ended. A mover says DONE of a read only when it found the right bytes."""
         self.pending.remove(move)
         doomed = move.entry is not None and self.store.catalog.flags[move.block] & DOOMED
-        if move.kind in (MoveKind.SPILL, MoveKind.PROBE) and outcome is Outcome.CORRUPT:
+        known = move.sums is not None or move.proof
+        if outcome is Outcome.CORRUPT and (
+            move.kind is MoveKind.PROBE or (move.kind in READS_DRAM and not known)
+        ):
             outcome = Outcome.FAILED
+        if outcome is Outcome.FAILED and move.kind in (MoveKind.SUM, MoveKind.PROVE):
+            outcome = Outcome.DONE  # memory does not fail, it only forgets
         done = outcome is Outcome.DONE
         if move.kind is MoveKind.SPILL:
             content = self.latched.pop(id(move))
@@ -308,6 +315,11 @@ class World(Books):
             self.nvme[move.nvme] = content if done else (JUNK,)
             move.sums = sums_of(content)
             self.saved += done and not doomed
+        elif move.kind in READS_DRAM:
+            content = self.latched.pop(id(move))
+            assert move.sums in (None, sums_of(content))
+            move.sums = sums_of(content)
+            self.marks["unproven corrupt"] += outcome is Outcome.CORRUPT and bool(move.proof)
         elif move.kind is not MoveKind.PROBE:
             content = self.nvme[move.nvme]
             assert sums_of(content) == move.sums, "the slot changed while it was read"
@@ -326,7 +338,7 @@ class World(Books):
         """Somebody wants a stored block checked."""
         blocks = sorted(self.store.room.nvme.owners().values())
         if blocks:
-            self.store.placement.verify(blocks[at % len(blocks)])
+            self.store.placement.verify(blocks[at % len(blocks)], self.now)
 
     def tick(self, seconds: float) -> None:
         self.now += seconds

@@ -174,6 +174,12 @@ class Daemon:
         process.kill()
         process.wait()
 
+    def lose_memory(self) -> None:
+        """Remove the arena and what is beside it, as a reboot does; the daemon must not run."""
+        assert self.process is None
+        for path in self.arena.glob("*/*"):
+            path.unlink()
+
     def signal(self, number: int) -> None:
         """Send a signal."""
         assert self.process is not None

@@ -66,6 +66,7 @@ def test_two_daemons_on_one_folder(owner: Daemon, make_daemon: MakeDaemon, what:
     assert owner.client("front").open(cache.layout).lookup(KEYS).length == 10, "another socket"
     if what == "nvme":  # nothing was made anew on the disk either
         owner.stop()
+        owner.lose_memory()
         owner.start()
         assert owner.client().open(cache.layout).lookup(KEYS).tiers["nvme"] == 10
 

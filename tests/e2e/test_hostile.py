@@ -276,7 +276,7 @@ def test_a_frame_of_no_length_ends_the_connection(
 @pytest.mark.parametrize("door", ["hatch"])
 def test_a_request_that_cannot_be_understood_is_refused(visitor: Stranger) -> None:
     assert isinstance(visitor, RawHatch)
-    for verb in (0, pb.ATTACH, 15, 255):
+    for verb in (0, pb.ATTACH, max(pb.Verb.values()) + 1, 255):
         visitor.send(verb, b"")
         status, _, payload = visitor.receive()
         refusal = pb.ErrorReply.FromString(payload)

@@ -79,6 +79,7 @@ def test_a_clean_stop_writes_everything(make_daemon: MakeDaemon, policy: str) ->
     held = cache.reserve(hashes(3, "unfinished"))
     assert len(held) == 3
     daemon.stop()
+    daemon.lose_memory()
     assert "stopped before" not in daemon.log()
     daemon.start()
     assert check(cache, keys) == Counter(nvme=200)
@@ -109,6 +110,7 @@ def test_a_stop_that_cannot_write_everything_ends(make_daemon: MakeDaemon) -> No
         daemon.process = None
         gate.touch()
     assert lines(daemon, "stopped before all blocks were written")
+    daemon.lose_memory()
     daemon.start()
     assert check(cache, first) == Counter(nvme=10)
     there = [key for key in second if cache.lookup([key]).length]
@@ -149,6 +151,7 @@ def test_a_disk_that_is_not_there_and_comes(make_daemon: MakeDaemon) -> None:
     assert lines(daemon, "NVMe tier works again")
     wait_for(lambda: daemon.stats().tiers.nvme.blocks == 100, "what is in memory to be written")
     daemon.stop()
+    daemon.lose_memory()
     daemon.start()
     assert check(cache, keys) == Counter(nvme=100)
 
@@ -162,6 +165,7 @@ def test_a_disk_that_was_away_brings_its_blocks(make_daemon: MakeDaemon) -> None
     cache.put(keys, contents(keys, SIZE))
     daemon.settled()
     daemon.stop()
+    daemon.lose_memory()
     nvme, away = daemon.folder / "nvme", daemon.folder / "away"
     nvme.rename(away)
     broken_folder(daemon)

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import grp
+import json
+import mmap
+import os
+import socket
 import stat
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from kvstore.errors import Unavailable
+from kvstore.client import Cache
+from kvstore.errors import ArenaGone, KVStoreError, Unavailable
 from kvstore.protos import kvstore_pb2 as pb
-from tests.e2e.harness import KIB, MIB, Daemon, contents, hashes, layout, targets
-from tests.e2e.raw import stranger
+from tests.e2e.conftest import MakeDaemon
+from tests.e2e.harness import KIB, MIB, Daemon, contents, hashes, layout, targets, wait_for
+from tests.e2e.raw import RawHatch, stranger
 
 SIZE = 64 * KIB
 KEYS = hashes(6, "tenants")
@@ -104,3 +113,202 @@ def test_files_are_the_tenants_own(daemon: Daemon) -> None:
 def test_a_tenant_that_is_not(daemon: Daemon, door: str) -> None:
     with pytest.raises(Unavailable, match=r"no daemon at .*/nobody/"):
         daemon.client(door, tenant="nobody")
+
+
+# -- who is let in -----------------------------------------------------------------------------
+
+STRANGER = 54_321  # a user of no name and no rights
+CHILD_S = 30.0
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+
+
+def _outcome(attempt: Callable[[], object]) -> str:
+    try:
+        attempt()
+    except OSError as error:
+        return type(error).__name__
+    return "done"
+
+
+def _connect(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as plain:
+        plain.connect(str(path))
+
+
+def _map(path: Path) -> None:
+    file = os.open(path, os.O_RDWR)
+    with mmap.mmap(file, 0) as mapping:
+        assert len(mapping)
+
+
+def _attempts(daemon: Daemon, tenant: str) -> dict[str, Callable[[], object]]:
+    """What somebody may try at a tenant, by name."""
+    run, arena = daemon.socket("hatch", tenant).parent, daemon.arena / tenant
+    nvme = Path(daemon.config["nvme"]["paths"][0]) / tenant
+    return {
+        "hatch": lambda: _connect(daemon.socket("hatch", tenant)),
+        "front": lambda: _connect(daemon.socket("front", tenant)),
+        "list sockets": lambda: os.listdir(run),
+        "list arena": lambda: os.listdir(arena),
+        "open arena": lambda: os.open(arena / "arena", os.O_RDONLY),
+        "map arena": lambda: _map(arena / "arena"),
+        "slots": lambda: os.open(arena / "slots", os.O_RDONLY),
+        "notes": lambda: os.open(arena / "notes", os.O_RDONLY),
+        "lock of sockets": lambda: os.open(run / "lock", os.O_RDONLY),
+        "lock of arena": lambda: os.open(arena / "lock", os.O_RDONLY),
+        "list nvme": lambda: os.listdir(nvme),
+        "open nvme": lambda: os.open(nvme / "blocks.kv", os.O_RDONLY),
+        "remove arena": lambda: os.unlink(arena / "arena"),
+        "another socket": lambda: os.mkfifo(run / "kvstore.new"),
+    }
+
+
+INSIDE = {"hatch", "front", "list sockets", "list arena", "open arena", "map arena"}
+
+
+def _tried(daemon: Daemon, tenant: str, groups: list[int]) -> dict[str, str]:
+    """How the attempts end for a user of these groups, in a process of its own."""
+    attempts = _attempts(daemon, tenant)
+    here, there = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups(groups)
+            os.setresgid(STRANGER, STRANGER, STRANGER)
+            os.setresuid(STRANGER, STRANGER, STRANGER)
+            found = {name: _outcome(attempt) for name, attempt in attempts.items()}
+            os.write(there, json.dumps(found).encode())
+        finally:
+            os._exit(0)
+    os.close(there)
+    with open(here, "rb") as told:
+        text = told.read()
+    os.waitpid(child, 0)
+    outcomes: dict[str, str] = json.loads(text)
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def grouped() -> Iterator[Daemon]:
+    """A daemon of three tenants: one of nobody's group, two of groups of this host."""
+    groups = [one.gr_name for one in grp.getgrall() if one.gr_gid not in (0, STRANGER)]
+    with Daemon(
+        dram={"size": "16 MiB", "slab_size": "1 MiB"},
+        metrics={"listen": "127.0.0.1:0"},
+        tenants__default={"dram_quota": "50%"},
+        tenants__red={"group": groups[0]},
+        tenants__blue={"group": groups[1]},
+    ) as daemon:
+        for folder in (daemon.folder, daemon.arena):
+            folder.chmod(0o711)  # as /run and /dev/shm are
+        yield daemon.start()
+
+
+def _gid(daemon: Daemon, tenant: str) -> int:
+    return grp.getgrnam(daemon.config[f"tenants.{tenant}"]["group"]).gr_gid
+
+
+@needs_root
+@pytest.mark.parametrize("tenant", ["red", "blue"])
+def test_a_group_is_let_in_and_nobody_else(grouped: Daemon, tenant: str) -> None:
+    own = _tried(grouped, tenant, [_gid(grouped, tenant)])
+    assert {name for name, outcome in own.items() if outcome == "done"} == INSIDE, own
+    assert {own[name] for name in own.keys() - INSIDE} == {"PermissionError"}, own
+    other = _gid(grouped, "blue" if tenant == "red" else "red")
+    for groups in ([], [other]):
+        strange = _tried(grouped, tenant, groups)
+        assert set(strange.values()) == {"PermissionError"}, strange
+    assert set(_tried(grouped, "default", [other]).values()) == {"PermissionError"}
+
+
+@needs_root
+def test_a_user_of_the_group_is_served(grouped: Daemon) -> None:
+    """Behind `connect` there is nothing more to pass: who may connect may use the tenant."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.setgroups([_gid(grouped, "red")])
+            os.setresgid(STRANGER, STRANGER, STRANGER)
+            os.setresuid(STRANGER, STRANGER, STRANGER)
+            with RawHatch(grouped.socket("hatch", "red")) as raw:
+                status = 0 if raw.attach().tenant == "red" else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_the_page_of_metrics_is_the_operators(make_daemon: MakeDaemon) -> None:
+    """It tells of all tenants, without a login: it listens where the operator says, not by
+    tenant."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    daemon = make_daemon(
+        metrics={"listen": f"127.0.0.1:{port}"},
+        tenants__default={"dram_quota": "50%"},
+        tenants__red={},
+    )
+    daemon.start()
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+        text = page.read().decode()
+    assert 'kvstore_sessions{tenant="red"}' in text
+    assert 'kvstore_sessions{tenant="default"}' in text
+    assert set(daemon.client(tenant="red").stats().tenants) == {"red"}
+
+
+# -- an arena that one of its users truncates --------------------------------------------------
+
+
+def _right(cache: Cache, keys: list[bytes]) -> int:
+    """How many blocks are served; every byte of them is the right one."""
+    into = targets(len(keys), SIZE)
+    got = cache.get(keys, into, deadline_s=5.0).length
+    assert [bytes(one) for one in into[:got]] == contents(keys[:got], SIZE)
+    return int(got)
+
+
+@pytest.mark.parametrize("then", ["cut", "grown again"])
+def test_an_arena_that_is_truncated(make_daemon: MakeDaemon, then: str) -> None:
+    """A user of one tenant truncated the arena while blocks were on their way to NVMe. Taking
+    their checksums was a SIGBUS: the daemon died, and with it all other tenants. Now the map turns
+    to zeros, nothing that was read there counts, and that tenant alone is out of service."""
+    daemon = make_daemon(
+        dram={"size": "32 MiB", "slab_size": "1 MiB"},
+        tenants__default={"dram_quota": "25%"},
+        tenants__guest={"dram_quota": "75%"},
+    )
+    daemon.gated = True
+    daemon.start()
+    mine = daemon.client().open(layout("tenants"))
+    mine.put(KEYS, contents(KEYS, SIZE))
+    guest = daemon.client(tenant="guest").open(layout("tenants"))
+    saved, unsaved = hashes(40, "saved"), hashes(250, "unsaved")
+    guest.put(saved, contents(saved, SIZE))
+    wait_for(lambda: daemon.stats("guest").tiers.nvme.blocks == 40, "copies on NVMe")
+    arena = daemon.arena / "guest" / "arena"
+    size = arena.stat().st_size
+    with daemon.hold("write"):
+        assert guest.put(unsaved, contents(unsaved, SIZE)).stored == 250
+        os.truncate(arena, 0)
+        if then == "grown again":
+            os.truncate(arena, size)
+    wait_for(lambda: "tenant out of service" in daemon.log(), "the daemon to notice")
+    assert _right(mine, KEYS) == 6
+    assert mine.put(saved, contents(saved, SIZE)).stored == 40
+    assert _right(mine, saved) == 40
+    with pytest.raises(KVStoreError):
+        guest.lookup(saved)
+    with pytest.raises(ArenaGone, match=r"guest/arena was truncated .* until kvstored is restart"):
+        daemon.client(tenant="guest")
+    assert daemon.process is not None and daemon.process.poll() is None
+    assert daemon.log().count("tenant out of service") == 1
+
+    daemon.stop()
+    daemon.start()
+    assert _right(mine, KEYS) == 6
+    back = daemon.client(tenant="guest").open(layout("tenants"))
+    assert _right(back, saved) == 40, "what was on NVMe is lost"
+    for one in unsaved:
+        _right(back, [one])
+    assert back.put(unsaved, contents(unsaved, SIZE)).refused == 0

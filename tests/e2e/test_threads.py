@@ -95,6 +95,7 @@ def gated() -> Iterator[Daemon]:
                 keys = hashes(20, f"cold {chain}")
                 client.open(layout("cold", shard_bytes=SIZE)).put(keys, contents(keys, SIZE))
         daemon.stop()
+        daemon.lose_memory()
         yield daemon.start()
 
 

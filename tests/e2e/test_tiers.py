@@ -126,6 +126,7 @@ def test_write_policies(make_daemon: MakeDaemon, policy: str) -> None:
         wait_for(lambda: cache.get(keys, targets(60, SIZE)).length == 60, "room")
         assert check(cache, keys).total() == 60
     daemon.stop()
+    daemon.lose_memory()
     daemon.start()
     cache = daemon.client().open(layout(policy))
     if policy != "second-touch":
@@ -193,6 +194,7 @@ def test_two_devices(make_daemon: MakeDaemon) -> None:
     files = [next(Path(folder).rglob("blocks.kv")) for folder in folders]
     assert [file.stat().st_size for file in files] == [3 * MIB, 3 * MIB]
     daemon.stop()
+    daemon.lose_memory()
     daemon.start()
     cache = daemon.client().open(layout("devices"))
     there = [key for key in keys if cache.lookup([key]).length]
@@ -223,6 +225,7 @@ def test_damage_is_a_miss(make_daemon: MakeDaemon) -> None:
     cache.put(keys, contents(keys, SIZE))
     daemon.settled()
     daemon.stop()
+    daemon.lose_memory()
     file = next((daemon.folder / "nvme").rglob("blocks.kv"))
     data = file.read_bytes()
     with file.open("r+b") as disk:

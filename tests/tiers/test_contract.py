@@ -12,6 +12,7 @@ import pytest
 
 from kvstore.tiers.base import ALIGNMENT, Tier
 from kvstore.tiers.dram import DramArena
+from kvstore.tiers.faults import FaultPlan, FaultyTier
 from kvstore.tiers.nvme import NvmeFiles
 
 SLAB = 16 * ALIGNMENT
@@ -41,11 +42,16 @@ def make_nvme_buffered(folder: Path) -> Tier:
     return NvmeFiles.open([folder], SIZE, SLAB, direct_io=refuse_direct_io)
 
 
+def make_faulty(folder: Path) -> Tier:
+    return FaultyTier(make_nvme(folder), FaultPlan())
+
+
 FACTORIES: list[Callable[[Path], Tier]] = [
     make_dram,
     make_nvme,
     make_nvme_on_three,
     make_nvme_buffered,
+    make_faulty,
 ]
 
 

@@ -30,6 +30,7 @@ SLAB = 32 * ALIGNMENT
 SLABS = 5
 ARENA = SLABS * SLAB
 LAYOUT = b"layout-of-16-byt"
+SEQUENCE_AT = RECORD_BYTES - 8  # its last field, outside of the checksum
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def reopened(path: Path) -> tuple[list[SlotRecord], int]:
     table = SlotTable.open(path)
     records = list(table.records())
     table.close()
-    return records, table.damaged
+    return records, len(table.damaged)
 
 
 def test_a_record_comes_back_whole(table: SlotTable, path: Path) -> None:
@@ -63,9 +64,9 @@ def test_a_record_comes_back_whole(table: SlotTable, path: Path) -> None:
         hash=digest,
         sequence=1 << 63,
         checksum=(1 << 64) - 1,
-        pid=(1 << 32) - 1,
+        session=(1 << 32) - 1,
     )
-    table.write(SLAB, WRITING, hash=b"h" * 8 + b"\0", pid=5)
+    table.write(SLAB, WRITING, hash=b"h" * 8 + b"\0", session=5)
     assert reopened(path) == (
         [
             SlotRecord(SLAB, 2 * ALIGNMENT, WRITING, bytes(16), b"h" * 8 + b"\0", 0, 0, 5),
@@ -172,7 +173,7 @@ class Contents:
     hash: bytes
     sequence: int
     checksum: int
-    pid: int
+    session: int
 
 
 contents = st.builds(
@@ -182,7 +183,7 @@ contents = st.builds(
     hash=st.binary(min_size=8, max_size=64),
     sequence=st.integers(0, (1 << 64) - 1),
     checksum=st.integers(0, (1 << 64) - 1),
-    pid=st.integers(0, (1 << 32) - 1),
+    session=st.integers(0, (1 << 32) - 1),
 )
 
 
@@ -208,20 +209,23 @@ def test_a_record_torn_anywhere_is_the_old_or_the_new_or_none(
         file = os.open(path, os.O_RDWR)
         before, after = image(table, file, place, old), image(table, file, place, new)
         whole = {
-            one: [] if what is None or what.state == EMPTY else [what]
+            one[:SEQUENCE_AT]: [] if what is None or what.state == EMPTY else [what]
             for one, what in ((before, old), (after, new))
         }
+        whole[bytes(SEQUENCE_AT)] = []
         for cut in range(RECORD_BYTES + 1):
             for torn in (after[:cut] + before[cut:], before[:cut] + after[cut:]):
                 os.pwrite(file, torn, place)
+                sequence = int.from_bytes(torn[SEQUENCE_AT:], "little")  # may be torn: of no weight
                 found = [
-                    Contents(one.state, one.layout, one.hash, one.sequence, one.checksum, one.pid)
+                    Contents(one.state, one.layout, one.hash, sequence, one.checksum, one.session)
                     for one in table.records()
                 ]
-                if torn in whole:
-                    assert (found, table.damaged) == (whole[torn], 0)
+                if (body := torn[:SEQUENCE_AT]) in whole:
+                    expected = [dataclasses.replace(one, sequence=sequence) for one in whole[body]]
+                    assert (found, table.damaged) == (expected, [])
                 else:
-                    assert (found, table.damaged) == ([], 1)
+                    assert (found, table.damaged) == ([], [(0, SLAB)])
         os.close(file)
         table.close()
 
@@ -231,7 +235,7 @@ def test_a_bit_flipped_in_a_record_is_noticed(table: SlotTable, path: Path) -> N
     table.write(0, COMMITTED, layout=LAYOUT, hash=b"12345678", sequence=3)
     file = os.open(path, os.O_RDWR)
     good = os.pread(file, RECORD_BYTES, 2 * ALIGNMENT)
-    for bit in range(8 * RECORD_BYTES):
+    for bit in range(8 * SEQUENCE_AT):
         bad = bytearray(good)
         bad[bit // 8] ^= 1 << bit % 8
         os.pwrite(file, bad, 2 * ALIGNMENT)
@@ -307,7 +311,7 @@ while True:
         number += 1
         text = number.to_bytes(8, "big") * 8
         table.write(slot * 4096, COMMITTED, layout=text[:16], hash=text, sequence=number,
-                    checksum=number, pid=number & 0xFFFFFFFF)
+                    checksum=number, session=number & 0xFFFFFFFF)
     if number == 8000:
         print("running", flush=True)
 """
@@ -326,8 +330,8 @@ def test_a_killed_writer_leaves_no_mixed_record(table: SlotTable, path: Path) ->
         assert len(found) + damaged == 8
         assert damaged <= 1
         for one in found:
-            text = one.sequence.to_bytes(8, "big") * 8
-            assert (one.layout, one.hash, one.checksum) == (text[:16], text, one.sequence)
+            text = one.checksum.to_bytes(8, "big") * 8
+            assert (one.layout, one.hash) == (text[:16], text)
 
 
 # --- What is not adopted
@@ -358,3 +362,40 @@ def test_an_impossible_slot_size_is_not_adopted(table: SlotTable, path: Path, si
     os.close(file)
     with pytest.raises(ValueError, match="slab 1"):
         SlotTable.open(path)
+
+
+def test_a_bit_flipped_in_the_size_of_a_slab_is_noticed(table: SlotTable, path: Path) -> None:
+    """With another size the records would be read with the wrong arithmetic."""
+    table.assign(1, 2 * ALIGNMENT)
+    file = os.open(path, os.O_RDWR)
+    good = os.pread(file, 8, ALIGNMENT + 8)
+    for bit in range(64):
+        bad = bytearray(good)
+        bad[bit // 8] ^= 1 << bit % 8
+        os.pwrite(file, bad, ALIGNMENT + 8)
+        with pytest.raises(ValueError, match="slab 1"):
+            SlotTable.open(path)
+    os.close(file)
+
+
+def test_a_spoilt_table_is_not_adopted(table: SlotTable, path: Path) -> None:
+    SlotTable.open(path).close()
+    table.spoil()
+    with pytest.raises(ValueError, match="not adopted"):
+        SlotTable.open(path)
+
+
+# --- The order of last uses
+
+
+def test_touched_slots_are_the_youngest(table: SlotTable, path: Path) -> None:
+    table.assign(0, ALIGNMENT)
+    table.assign(3, 4 * ALIGNMENT)
+    places = [0, ALIGNMENT, 2 * ALIGNMENT, 3 * SLAB, 3 * SLAB + 4 * ALIGNMENT]
+    for number, offset in enumerate(places):
+        table.write(offset, COMMITTED, hash=b"12345678", sequence=number)
+    table.touch([places[3], places[0], 4 * SLAB], 10)  # the last lies in an unassigned slab
+    found, damaged = reopened(path)
+    assert not damaged
+    order = sorted(found, key=lambda one: one.sequence)
+    assert [one.offset for one in order] == [places[at] for at in (1, 2, 4, 3, 0)]

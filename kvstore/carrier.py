@@ -1,0 +1,93 @@
+"""How one move is carried out: which bytes go where, and what their checksums must be.
+
+It runs in a worker thread of `kvstore.mover`, or in step with a simulated clock: it has no thread
+and no queue of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from mmap import mmap
+from typing import Protocol
+
+from kvstore.checksums import digest, shard_sums
+from kvstore.orders import Move, MoveKind, Outcome
+from kvstore.tiers.base import Tier
+from kvstore.types import SLOT_ALIGNMENT
+
+
+class Arena(Protocol):
+    """DRAM whose bytes can be looked at in place."""
+
+    def view(self, offset: int, length: int) -> memoryview:
+        """The bytes themselves, writable; used and dropped."""
+
+
+class Device(Tier, Protocol):
+    """A tier that can be asked whether it works at all."""
+
+    def probe(self) -> None:
+        """Write and read back something that is no block; OSError when that fails."""
+
+
+class Carrier:
+    """Moves over one arena and one NVMe tier; several threads may carry out moves at a time."""
+
+    def __init__(self, arena: Arena, nvme: Device | None) -> None:
+        self._arena = arena
+        self._nvme = nvme
+        self._own = threading.local()  # a buffer for each thread that checks
+
+    def carry_out(self, move: Move) -> tuple[Outcome, str]:
+        """Do it; how it ended, and what the device said if it failed. Fills in `move.sums`."""
+        try:
+            return self._carry_out(move), ""
+        except OSError as error:
+            return Outcome.FAILED, str(error)
+
+    def _carry_out(self, move: Move) -> Outcome:
+        if move.entry is None:
+            self._there().probe()
+            return Outcome.DONE
+        if move.kind is MoveKind.VERIFY:
+            return self._read(move, memoryview(self._scratch(move.entry.slot_bytes)))
+        slot = self._arena.view(move.dram * SLOT_ALIGNMENT, move.entry.slot_bytes)
+        try:
+            if move.kind in (MoveKind.LOAD, MoveKind.PREFETCH):
+                return self._read(move, slot)
+            # Before a spill, too, the checksum is taken first: bytes that change meanwhile will
+            # not verify, and bytes that have changed since they were committed go nowhere.
+            found = self._sums(move, slot)
+            if found != move.sums if move.sums else move.proof and digest(found) != move.proof:
+                return Outcome.CORRUPT
+            move.sums = found
+            if move.kind is MoveKind.SPILL:
+                self._there().write(move.nvme * SLOT_ALIGNMENT, slot)
+            return Outcome.DONE
+        finally:
+            slot.release()
+
+    def _read(self, move: Move, into: memoryview) -> Outcome:
+        assert move.entry is not None
+        into = into[: move.entry.slot_bytes]
+        try:
+            self._there().read(move.nvme * SLOT_ALIGNMENT, into)
+            return Outcome.DONE if self._sums(move, into) == move.sums else Outcome.CORRUPT
+        finally:
+            into.release()
+
+    def _there(self) -> Device:
+        assert self._nvme is not None, "a move was ordered without an NVMe tier"
+        return self._nvme
+
+    def _scratch(self, size: int) -> mmap:
+        found: mmap | None = getattr(self._own, "scratch", None)
+        if found is None or len(found) < size:
+            found = self._own.scratch = mmap(-1, size)
+        return found
+
+    @staticmethod
+    def _sums(move: Move, slot: memoryview) -> bytes:
+        assert move.entry is not None
+        layout = move.entry.layout
+        return shard_sums(move.entry.fingerprint, move.key, slot, layout.shards, layout.shard_bytes)

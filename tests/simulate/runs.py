@@ -1,0 +1,84 @@
+"""Histories by seed: how long they are, and what all of them together must have met."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import structlog
+
+from tests.simulate.world import World
+
+SEEDS = 200
+STEPS = 600
+# Rare branches: all histories together must have been in each of them.
+MARKS = {
+    "arena adopted",
+    "bit flipped",
+    "bit flipped in the arena",
+    "blocks adopted",
+    "call given up",
+    "copy void",
+    "corrupt load",
+    "corrupt prove",
+    "corrupt spill",
+    "corrupt sum",
+    "corrupt verify",
+    "cut_power",
+    "daemon killed at work",
+    "drained",
+    "drive absent at the start",
+    "durable blocks found again",
+    "fenced",
+    "grant given back",
+    "hit in dram",
+    "hit on nvme",
+    "index adopted",
+    "index commit failed",
+    "kill_client",
+    "kill_daemon",
+    "move ended after its daemon",
+    "move hangs",
+    "no room",
+    "no such device",
+    "quarantine ended",
+    "quarantined",
+    "read error",
+    "reconnected",
+    "restart_daemon",
+    "slots in writing adopted",
+    "stop_client",
+    "stop_daemon",
+    "stop absent",
+    "stop end",
+    "stop failed",
+    "stop late",
+    "stop no_room",
+    "stop pending",
+    "stop too_slow",
+    "sync error",
+    "torn write",
+    "verified",
+    "verify found damage",
+    "write error",
+    "write lost with the power",
+    "write torn with the power",
+    "written after death",
+}
+
+
+def simulate(seed: int, steps: int = STEPS) -> World:
+    """One history; raises Failure."""
+    return World(seed, steps).run()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the daemon's log: it tells of every fault that is made on purpose."""
+    before = structlog.get_config()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    try:
+        yield
+    finally:
+        structlog.configure(**before)

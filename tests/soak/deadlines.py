@@ -1,0 +1,227 @@
+"""No call of the client outlasts its deadline by more than 100 ms, whatever the daemon does.
+
+    python -m tests.soak.deadlines [--seconds S] [--threads T] [--seed S]
+
+Every public call, through both doors, while the daemon is stopped (SIGSTOP), dead, and killed and
+started again without end. A call may answer or refuse as it likes: only its time counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+
+from kvstore.client import Cache, Client, Grant, Reservation, connect
+from kvstore.errors import KVStoreError, SessionLost, Unavailable
+from tests.e2e.harness import DOORS, KIB, Daemon, contents, hashes, layout, targets
+from tests.soak.figures import GRACE_S, Figures
+
+SIZE = 16 * KIB
+TIMEOUT_S = 0.4
+WAIT_S = 0.3  # deadline_s of the calls that take one; below the timeout, which counts then
+LONGER_S = 0.7  # and above it
+FORGIVEN = (Unavailable, SessionLost)
+STATES = ("stopped", "dead", "restarting")
+
+Calls = dict[str, tuple[float, Callable[[], object]]]
+
+
+class Desk:
+    """One client with everything that is needed to try each call: its caches, and some leases."""
+
+    def __init__(self, daemon: Daemon, door: str, name: str) -> None:
+        self._path = daemon.socket(door)
+        self._name = name
+        self.client: Client = connect(self._path, timeout_s=TIMEOUT_S)
+        self.cache: Cache = self.client.open(layout("deadlines", shard_bytes=SIZE))
+        self._keys = hashes(6, "kept")
+        self._blocks = contents(self._keys, SIZE)
+        self._number = 0
+        self.cache.put(self._keys, self._blocks)
+        self.grants: list[Grant] = []
+        self.reservations: list[Reservation] = []
+
+    def stock(self) -> None:
+        """Leases, to be ended when nobody answers."""
+        for _ in range(2):
+            self.grants.append(self.cache.acquire(self._keys))
+        for _ in range(3):
+            self.reservations.append(self.cache.reserve(self._fresh()))
+
+    def _fresh(self) -> list[bytes]:
+        self._number += 1
+        return hashes(4, f"{self._name} {self._number}")
+
+    def calls(self) -> Calls:
+        """Every public call, and by when it must be over."""
+        client, cache, keys = self.client, self.cache, self._keys
+        many = hashes(65_536, "many", size=64)  # more than a socket takes at once
+        new = self._fresh()
+        found: Calls = {
+            "lookup": (TIMEOUT_S, lambda: cache.lookup(keys)),
+            "lookup of many": (TIMEOUT_S, lambda: cache.lookup(many)),
+            "put": (TIMEOUT_S, lambda: cache.put(new, contents(new, SIZE))),
+            "put, wait": (LONGER_S, lambda: cache.put(new, self._blocks[:4], deadline_s=LONGER_S)),
+            "get": (TIMEOUT_S, lambda: cache.get(keys, targets(6, SIZE), deadline_s=WAIT_S)),
+            "get, wait": (LONGER_S, lambda: cache.get(keys, targets(6, SIZE), deadline_s=LONGER_S)),
+            "reserve": (TIMEOUT_S, lambda: cache.reserve(self._fresh(), deadline_s=WAIT_S).abort()),
+            "acquire": (TIMEOUT_S, lambda: cache.acquire(keys, deadline_s=WAIT_S).length),
+            "acquire, wait": (LONGER_S, lambda: cache.acquire(keys, deadline_s=LONGER_S).length),
+            "prefetch": (TIMEOUT_S, lambda: cache.prefetch(keys)),
+            "retain": (TIMEOUT_S, lambda: cache.retain(keys, 50, ttl_s=1.0)),
+            "forget": (TIMEOUT_S, lambda: cache.forget(new)),
+            "open": (TIMEOUT_S, lambda: client.open(layout(f"other {self._number % 9}"))),
+            "stats": (TIMEOUT_S, client.stats),
+            "clear": (TIMEOUT_S, client.clear),
+            "verify": (WAIT_S, lambda: client.verify(deadline_s=WAIT_S)),
+            "drain": (WAIT_S, lambda: client.drain(deadline_s=WAIT_S)),
+            "ticket": (TIMEOUT_S, lambda: client.ticket),
+            "connect": (TIMEOUT_S, self._connect),
+        }
+        for at, grant in enumerate(self.grants):
+            found[f"release {at}"] = (TIMEOUT_S, grant.release)
+        ends = [Reservation.commit, Reservation.abort, lambda one: one.__exit__(None, None, None)]
+        for at, (end, one) in enumerate(zip(ends, self.reservations, strict=False)):
+            found[f"commit or abort {at}"] = (TIMEOUT_S, lambda end=end, one=one: end(one))  # type: ignore[misc]
+        self.grants, self.reservations = [], []
+        return found
+
+    def _connect(self) -> None:
+        connect(self._path, timeout_s=TIMEOUT_S).close()
+
+    def close(self) -> None:
+        """The last call of all."""
+        self.client.close()
+
+
+class Times:
+    """By how much calls outlasted their deadlines: less than nothing, if they did not."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.calls: dict[str, int] = defaultdict(int)
+        self.late: dict[str, list[str]] = defaultdict(list)
+        self.worst_s: dict[str, float] = defaultdict(lambda: -TIMEOUT_S)
+        self.errors: list[str] = []
+
+    def take(self, state: str, name: str, deadline_s: float, call: Callable[[], object]) -> None:
+        """Make a call."""
+        started = time.monotonic()
+        try:
+            call()
+        except FORGIVEN:
+            pass
+        except KVStoreError as error:
+            self.errors.append(f"{state}, {name}: {error!r}")
+        over = time.monotonic() - started - deadline_s
+        with self._lock:
+            self.calls[state] += 1
+            self.worst_s[state] = max(self.worst_s[state], over)
+            if over > GRACE_S:
+                self.late[state].append(f"{name} +{over * 1e3:.0f} ms")
+
+
+def all_calls(times: Times, state: str, desk: Desk, door: str) -> None:
+    """Each of them once, and the close of the client at the end."""
+    for name, (deadline_s, call) in desk.calls().items():
+        times.take(state, f"{door} {name}", deadline_s, call)
+    times.take(state, f"{door} close", TIMEOUT_S, desk.close)
+
+
+def at_once(runs: list[Callable[[], None]]) -> None:
+    """In a thread each; raises what the first of them raised."""
+    failures: list[BaseException] = []
+
+    def guard(run: Callable[[], None]) -> None:
+        try:
+            run()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=guard, args=(run,)) for run in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+@contextlib.contextmanager
+def dead(daemon: Daemon) -> Iterator[None]:
+    """Killed at the beginning, started again at the end."""
+    daemon.kill()
+    yield
+    daemon.start()
+
+
+def halted(daemon: Daemon, times: Times, threads: int) -> None:
+    """All calls of all doors while the daemon is stopped, then while it is dead."""
+    for state, manner in (("stopped", daemon.suspended), ("dead", lambda: dead(daemon))):
+        desks = [
+            (door, Desk(daemon, door, f"{door} {at}")) for door in DOORS for at in range(threads)
+        ]
+        for _, desk in desks:
+            desk.stock()
+        with manner():
+            at_once([lambda d=d, n=n: all_calls(times, state, d, n) for n, d in desks])  # type: ignore[misc]  # noqa: B023
+
+
+def restarting(daemon: Daemon, times: Times, threads: int, seconds: float, seed: int) -> None:
+    """All calls again and again, while the daemon dies and starts at any moment."""
+    rng = random.Random(seed)
+    end = time.monotonic() + seconds
+
+    def work(door: str, at: int) -> None:
+        desk = Desk(daemon, door, f"again {door} {at}")
+        while time.monotonic() < end:
+            for name, (deadline_s, call) in desk.calls().items():
+                times.take("restarting", f"{door} {name}", deadline_s, call)
+            with contextlib.suppress(*FORGIVEN):
+                desk.stock()
+        desk.close()
+
+    def kill() -> None:
+        while time.monotonic() < end:
+            time.sleep(rng.uniform(0, 2.0))
+            daemon.kill()
+            daemon.spawn()
+
+    at_once([kill, *(lambda d=d, a=a: work(d, a) for d in DOORS for a in range(threads))])
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(prog="python -m tests.soak.deadlines")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of restarts")
+    parser.add_argument("--threads", type=int, default=1, help="and clients, for each door")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    figures = Figures(f"deadlines: timeout {TIMEOUT_S} s, {options.threads} clients for each door")
+    times = Times()
+    with Daemon() as daemon:
+        daemon.start()
+        halted(daemon, times, options.threads)
+        restarting(daemon, times, options.threads, options.seconds, options.seed)
+        if daemon.process is not None and daemon.process.poll() is None:
+            daemon.kill()
+    for state in STATES:
+        figures.add(f"calls, daemon {state}", times.calls[state])
+        worst = f"{times.worst_s[state] * 1e3:+.0f} ms"
+        figures.hold(
+            f"latest beyond its deadline, {state}",
+            " ".join([worst, *times.late[state][:20]]),
+            f"<= {GRACE_S * 1e3:.0f} ms",
+            not times.late[state],
+        )
+    figures.hold("other errors", " ".join(times.errors[:5]) or 0, "0", not times.errors)
+    figures.end()
+
+
+if __name__ == "__main__":
+    main()

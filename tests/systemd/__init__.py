@@ -1,0 +1,1 @@
+"""kvstored as a service of a real systemd."""
