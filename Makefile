@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: setup demo test bench proto clean
+.PHONY: soak-faults soak-power soak-flips setup demo test bench proto clean
 
 setup: $(VENV)/ready
 
@@ -22,6 +22,18 @@ test: setup
 
 bench: setup
 	$(VENV)/bin/kvstore bench
+
+# Every operation of the NVMe tier fails in every way; about ten minutes.
+soak-faults: setup
+	$(RUN) -m tests.faults.sweep
+
+# The power goes at every write and every sync.
+soak-power: setup
+	$(RUN) -m tests.faults.power
+
+# 100,000 bits flip in files and arena.
+soak-flips: setup
+	$(RUN) -m tests.faults.flips
 
 # The oldest generator on purpose: its output loads under every newer protobuf runtime.
 proto: setup

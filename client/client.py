@@ -154,7 +154,7 @@ class Client:
         """End a session by its number, whose leases are void then; or, with 0, have every block
         copied to NVMe whose copy is due, and wait for it.
 
-        Returns whether there was such a session, and how many blocks were due.
+        Returns whether there was such a session, and how many blocks were copied meanwhile.
         """
         deadline = time.monotonic() + deadline_s
         reply = self.call(pb.DRAIN, pb.DrainRequest(session=session), pb.DrainReply, deadline)

@@ -315,6 +315,50 @@ def verify(as_json: bool) -> int:
     )
 
 
+# --- sessions ------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
+@where
+def sessions(as_json: bool) -> None:
+    """List the connected clients of the tenant."""
+    with _connected() as client:
+        found = client.stats()["tenants"][_served(client)]["clients"]
+    if as_json:
+        _write_json(found)
+        return
+    table = Table(box=cli_stats.BOX, pad_edge=False)
+    for heading in ("session", "client", "processes", "leases", "MiB"):
+        table.add_column(heading)
+    for one in found:
+        held = f"{one['leased_bytes'] / types.MIB:,.1f}"
+        pids = ", ".join(map(str, one["pids"]))
+        name = cli_stats.text(one["name"])
+        table.add_row(str(one["session"]), name, pids, f"{one['leases']:,}", held)
+    cli_stats.put(cli_stats.console(), table)
+
+
+@cli.command()
+@click.option("--session", metavar="N", type=click.IntRange(1), help="End this session instead.")
+@where
+def drain(session: int | None) -> int:
+    """Write out what is due, or end a session.
+
+    Waits until every block that is to be on NVMe is there. A session that is ended loses its
+    leases: what it was reading it must throw away, what it was writing is kept from others until
+    its processes say that they do not write, or have ended. Its client connects again by itself.
+    kvstore sessions lists the numbers.
+    """
+    with _connected() as client:
+        found, written = client.drain(session or 0)
+    if not found:
+        return _fail(f"there is no session {session}: see kvstore sessions", FAILED)
+    done = f"{written:,} blocks written, nothing is due any more"
+    click.echo(f"session {session} ended" if session else done)
+    return DONE
+
+
 # --- pin and unpin -------------------------------------------------------------------------------
 
 

@@ -124,7 +124,7 @@ class FrontDoor:
         except KVStoreError as error:
             await self._abort(context, error)
             return
-        self._processes.joined(session.number, Peer(self._loop, request.pid, claimed=True))
+        self._processes.joined(session, Peer(self._loop, request.pid, claimed=True))
         token = session.token
         attached = self._sessions[token] = _Attached(session)
         log.info("client attached", session=session.number, door="front", pid=request.pid)

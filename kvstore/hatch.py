@@ -324,7 +324,7 @@ class Connection:
         self._attach_timer.cancel()
         self._bucket = self._session.bucket
         self._joined = bool(request.join)
-        self._hatch.processes.joined(self._session.number, self._peer)
+        self._hatch.processes.joined(self._session, self._peer)
         log.info("client attached", session=self._session.number, pid=self._peer.pid)
         self._answer(verb, number, reply)
 

@@ -8,17 +8,19 @@ block, however many leases of the session (or sessions of the tenant) are on it.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from kvstore.catalog import SPILLING, WRITING, Catalog, LayoutEntry
+from kvstore.catalog import SPILLING, WRITING, LayoutEntry
 from kvstore.errors import LimitExceeded
 from kvstore.leases import Session, Sessions
 from kvstore.limits import Credit, Limits
+from kvstore.placement import Placement
 
 PLACES_MAX = 1 << 20  # in all lists of leased blocks of a session, at 8 bytes each
-# Who holds as much as it may is counted anew again and again, for a tenth of the time at most.
-PAUSE_S_PER_PLACE = 5e-7
+# Who holds as much as it may is counted anew again and again, for a fifth of the time at most.
+PAUSE_S_PER_PLACE = 2e-7
 PAUSE_S_PER_ROW = 2e-8
 
 
@@ -26,11 +28,12 @@ class Holdings:
     """Asked before a lease is made. What was cut short is counted in `limited` by the limit."""
 
     def __init__(
-        self, limits: Limits, sessions: Sessions, catalog: Catalog, limited: Counter[str]
+        self, limits: Limits, sessions: Sessions, placement: Placement, limited: Counter[str]
     ) -> None:
         self.limits = limits
         self._sessions = sessions
-        self._catalog = catalog
+        self._catalog = placement.catalog
+        self._scrub = placement.scrub
         self._limited = limited
         self._tenant = Credit()
         self._leases_left = 0
@@ -61,52 +64,77 @@ class Holdings:
                 )
         self._leases_left -= 1
 
-    def allow(self, session: Session, entry: LayoutEntry, count: int, now: float) -> int:
-        """How many of `count` further blocks the session may lease now."""
+    def allow(
+        self,
+        session: Session,
+        entry: LayoutEntry,
+        count: int,
+        now: float,
+        keys: Sequence[bytes] = (),
+    ) -> int:
+        """How many of `count` further blocks the session may lease now. `keys` name them where they
+        may be under leases already: those take nothing more."""
         mine, ours, size = session.credit, self._tenant, count * entry.slot_bytes
         if size > mine.bytes or count > mine.places or size > ours.bytes:
-            count = self._counted(session, entry, count, now)
+            count = self._counted(session, entry, count, now, keys)
             size = count * entry.slot_bytes
         mine.places -= count
-        mine.bytes -= size
-        ours.bytes -= size
+        mine.bytes = max(0, mine.bytes - size)
+        ours.bytes = max(0, ours.bytes - size)
         return count
 
-    def _counted(self, session: Session, entry: LayoutEntry, count: int, now: float) -> int:
-        mine, ours, slot_bytes = session.credit, self._tenant, entry.slot_bytes
-        size = count * slot_bytes
+    def give_back(self, session: Session, entry: LayoutEntry, count: int) -> None:
+        """So many of the blocks that were just allowed are not leased after all."""
+        size = count * entry.slot_bytes
+        session.credit.places += count
+        session.credit.bytes += size
+        self._tenant.bytes += size
+
+    def _counted(
+        self, session: Session, entry: LayoutEntry, count: int, now: float, keys: Sequence[bytes]
+    ) -> int:
+        mine, ours, size = session.credit, self._tenant, count * entry.slot_bytes
+        held: set[int] = set()
         if (size > mine.bytes or count > mine.places) and now >= mine.count_from:
-            self._count_session(session, now)
+            held = self._count_session(session, now)
         if size > ours.bytes and now >= ours.count_from:
             self._count_tenant(now)
-        allowed = min(count, mine.places, mine.bytes // slot_bytes)
-        if allowed > ours.bytes // slot_bytes:
-            allowed = ours.bytes // slot_bytes
-            self._limited["bytes_per_tenant"] += 1
-        elif allowed < count:
+        allowed = min(mine.places, _fitting(entry, count, keys, mine.bytes, held.__contains__))
+        if allowed < count:
             self._limited["bytes_per_session"] += 1
-        return allowed
+        allowed_to_all = _fitting(entry, allowed, keys, ours.bytes, self._leased)
+        if allowed_to_all < allowed:
+            self._limited["bytes_per_tenant"] += 1
+        return allowed_to_all
 
-    def _count_session(self, session: Session, now: float) -> None:
-        by_layout: dict[int, list[list[int]]] = {}
+    def _leased(self, block: int) -> bool:
+        return self._catalog.pins[block] > 0 or bool(self._catalog.flags[block] & WRITING)
+
+    def _count_session(self, session: Session, now: float) -> set[int]:
+        """Sets the session's credit; the blocks under its leases."""
+        by_size: dict[int, list[list[int]]] = {}
         for lease in session.leases.values():
-            by_layout.setdefault(lease.entry.slot_bytes, []).append(lease.blocks)
-        held = sum(size * len(set().union(*blocks)) for size, blocks in by_layout.items())
-        places = sum(len(blocks) for lists in by_layout.values() for blocks in lists)
+            by_size.setdefault(lease.entry.slot_bytes, []).append(lease.blocks)
+        places = sum(len(blocks) for lists in by_size.values() for blocks in lists)
+        blocks = {size: set().union(*lists) for size, lists in by_size.items()}
+        held = sum(size * len(some) for size, some in blocks.items())
         credit = session.credit
         credit.bytes = max(0, self.limits.bytes_per_session - held)
         credit.places = max(0, PLACES_MAX - places)
         credit.count_from = now + places * PAUSE_S_PER_PLACE
+        return set().union(*blocks.values())
 
     def _count_tenant(self, now: float) -> None:
-        """Leased are rows that somebody writes, also who has vanished, and those that are pinned,
-        but not by a spill alone: that ends by itself."""
+        """Leased are rows that somebody writes, also who has vanished, and those that are pinned
+        by more than moves: those end by themselves."""
         catalog, held = self._catalog, 0
         rows = len(catalog.flags)
         if rows:
             flags = np.frombuffer(catalog.flags, np.uint16)
-            pins = np.frombuffer(catalog.pins, np.uint32)
-            leased = (pins > (flags & SPILLING != 0)) | (flags & WRITING != 0)
+            moves = (flags & SPILLING != 0).astype(np.uint32)
+            for block, count in self._scrub.pinned().items():
+                moves[block] += count
+            leased = (np.frombuffer(catalog.pins, np.uint32) > moves) | (flags & WRITING != 0)
             counts = np.bincount(np.frombuffer(catalog.layout, np.uint16)[leased])
             held = sum(
                 int(count) * entry.slot_bytes
@@ -114,3 +142,26 @@ class Holdings:
             )
         self._tenant.bytes = max(0, self.limits.bytes_per_tenant - held)
         self._tenant.count_from = now + rows * PAUSE_S_PER_ROW
+
+
+def _fitting(
+    entry: LayoutEntry,
+    count: int,
+    keys: Sequence[bytes],
+    room_bytes: int,
+    is_held: Callable[[int], bool],
+) -> int:
+    """How many leading blocks of `count` fit into so many bytes, beside those that are held."""
+    room = room_bytes // entry.slot_bytes
+    if not keys or room >= count:
+        return min(count, room)
+    get = entry.index.get
+    for at in range(count):
+        block = get(keys[at])
+        if block is None:
+            return count  # nothing behind it will be leased
+        if not is_held(block):
+            room -= 1
+            if room < 0:
+                return at
+    return count

@@ -74,12 +74,13 @@ class WriteLease:
 class Session:
     """One connected client."""
 
-    __slots__ = ("bucket", "credit", "leases", "name", "number", "token")
+    __slots__ = ("bucket", "credit", "leases", "name", "number", "pids", "token")
 
     def __init__(self, number: int, name: str) -> None:
         self.number = number
         self.token = b""  # lets other processes take part; given by whoever has randomness
         self.name = name
+        self.pids: set[int] = set()  # of the processes that take part; for people
         self.leases: dict[int, ReadLease | WriteLease] = {}
         self.credit = Credit()
         self.bucket = Bucket()

@@ -9,6 +9,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from kvstore.leases import Session
 from kvstore.store import Store
 from kvstore.types import NVME, TIERS
 
@@ -22,6 +23,7 @@ def tenant_document(store: Store) -> dict[str, Any]:
         "limited": dict(counters.limited),
         "sessions": len(store.sessions),
         "leases": sum(len(session.leases) for session in store.sessions),
+        "clients": [_client(session) for session in store.sessions],
         "blocks": {
             "asked": counters.asked,
             "hit": counters.hit,
@@ -40,6 +42,17 @@ def tenant_document(store: Store) -> dict[str, Any]:
             "prefill_seconds": counters.saved_prefill_s,
         },
         "ceiling_hit_ratio": None,  # known once reuse is estimated beyond what is kept
+    }
+
+
+def _client(session: Session) -> dict[str, Any]:
+    leases = list(session.leases.values())
+    return {
+        "session": session.number,
+        "name": session.name,
+        "pids": sorted(session.pids),
+        "leases": len(leases),
+        "leased_bytes": sum(len(one.blocks) * one.entry.slot_bytes for one in leases),
     }
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 import structlog
 
 from kvstore.adoption import Notes
-from kvstore.leases import SEVERAL
+from kvstore.leases import SEVERAL, Session
 from kvstore.peers import Peer
 
 log = structlog.get_logger()
@@ -61,8 +61,10 @@ class Processes:
             self._watch(number)
         self._settle_anybodys()
 
-    def joined(self, number: int, peer: Peer) -> None:
+    def joined(self, joined: Session, peer: Peer) -> None:
         """A process takes part in a session. The peer is this object's when the session ends."""
+        number = joined.number
+        joined.pids.add(peer.pid)
         session = self._sessions.setdefault(number, _Session())
         session.peers = [one for one in session.peers if not one.gone]
         session.peers.append(peer)

@@ -50,7 +50,8 @@ class Reads:
         caller had better ask again.
         """
         self.holdings.check_leases(session)
-        allowed, asked = self.holdings.allow(session, entry, len(keys), now), len(keys)
+        asked = len(keys)
+        allowed = self.holdings.allow(session, entry, asked, now, keys)
         if allowed < asked:
             keys = keys[:allowed]
         lease = ReadLease(self.sessions.next_number(), session, entry)

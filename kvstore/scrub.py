@@ -8,7 +8,7 @@ UNPROVEN until its checksum has been compared: on demand, or here, whichever com
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from kvstore.catalog import DOOMED, READY, SPILLING, STORED, UNPROVEN
 from kvstore.orders import Move, MoveKind, Outcome
@@ -98,6 +98,10 @@ class Scrub:
     def count(self, block: int) -> int:
         """Checks of a block that are under way."""
         return self._in_flight.get(block, 0)
+
+    def pinned(self) -> Mapping[int, int]:
+        """The pins of moves that are under way, by block."""
+        return self._in_flight
 
     def _order(self, kind: MoveKind, block: int) -> None:
         self._in_flight[block] += 1

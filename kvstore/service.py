@@ -21,6 +21,7 @@ import structlog
 
 from kvstore import types
 from kvstore.catalog import LayoutEntry
+from kvstore.drains import Drains
 from kvstore.errors import (
     ArenaGone,
     InvalidKeys,
@@ -105,7 +106,7 @@ class Service:
         self._reads: dict[ReadLease, tuple[Answer, asyncio.TimerHandle]] = {}
         self._parking = Parking(self._loop, self._carry_out_once, self._carry_out)
         self._verification = Verification(store)
-        self._drains: list[tuple[Answer, int]] = []
+        self._drains = Drains(store, self._loop)
         self.doors: Doors | None = None  # told when they are there
         self.refusal = ""  # why nobody may attach any more
         self._verbs: dict[int, tuple[Callable[[Session, Any, Answer], Any], Any]] = {
@@ -226,13 +227,15 @@ class Service:
             if move.kind is MoveKind.VERIFY:
                 self._verification.checked(move.block, outcome, now)
         self.settle()
-        self._end_drains()
+        self._drains.go_on()
 
     def tick(self) -> None:
         """Called about once a second."""
+        was_ok = self.store.placement.health.ok
         self.store.tick(self._now())
+        self._tell_health(was_ok, "")
         self.settle()
-        self._end_drains()
+        self._drains.go_on()
 
     def idle(self) -> bool:
         """Whether nothing is under way: no spill left to be done, no load."""
@@ -329,18 +332,10 @@ class Service:
         assert self.doors is not None
         if request.session:
             return pb.DrainReply(found=self.doors.end(request.session))
-        self.store.save_all(self._now())
-        self._drains.append((answer, self.store.placement.due()))
-        return self._end_drains()
+        self._drains.begin(answer, self._now())
+        return None
 
     # -- inside --------------------------------------------------------------------------------
-
-    def _end_drains(self) -> None:
-        """Answer who waits until nothing is due any more."""
-        if self._drains and not self.store.placement.due():
-            drains, self._drains = self._drains, []
-            for answer, written in drains:
-                self._loop.call_soon(answer, pb.DrainReply(found=True, written=written))
 
     def _now(self) -> float:
         return self._loop.time()
@@ -491,7 +486,7 @@ class Service:
             log.error(
                 "NVMe tier is fenced: DRAM only until a probe works",
                 tenant=self.info.tenant,
-                problem=problem,
+                problem=problem or "it hangs: nothing has ended for nvme.hang_timeout",
             )
         elif ok and not was_ok:
             log.warning("NVMe tier works again", tenant=self.info.tenant)

@@ -77,6 +77,10 @@ class Place:
             ETC / "tmpfiles.d" / "kvstore.conf": "tmpfiles.conf",
         }
 
+    def managed(self) -> bool:
+        """Whether a service manager runs; none does where an image is prepared."""
+        return self.user or Path("/run/systemd/system").is_dir()
+
     def systemctl(self, *arguments: str, timeout_s: float | None = COMMAND_S) -> str:
         """What systemctl printed. KVStoreError with its words when it fails."""
         scope = ["--user"] if self.user else []
@@ -187,7 +191,7 @@ def install(
 ) -> None:
     """Put the unit in place, enable and start it. KVStoreError says what is in the way; done again,
     it goes on where it stopped."""
-    _check_manager(place, needed=start)
+    _check_manager(place, needed=start or place.user)
     text = render(place, file, gpu=gpu)
     changed = _check_unit(place.unit, text, force)
     file = (file or place.config).absolute()
@@ -200,7 +204,7 @@ def install(
     if changed:
         _write(place.unit, text)
         say(f"wrote {place.unit}")
-    if place.succeeds("daemon-reload") or start:
+    if place.managed():
         place.systemctl("daemon-reload")
     place.systemctl("enable", UNIT)
     say(f"enabled: it starts {'when you log in' if place.user else 'at boot'}")
@@ -239,14 +243,12 @@ def _check_manager(place: Place, *, needed: bool) -> None:
     if not needed:
         return
     if place.user:
-        try:
-            place.systemctl("show-environment")
-        except KVStoreError as error:
+        if not place.succeeds("show-environment"):
             raise KVStoreError(
-                f"no service manager of this user answers ({error}): log in as the user rather "
-                "than by su or sudo, and see that XDG_RUNTIME_DIR is set"
-            ) from None
-    elif not Path("/run/systemd/system").is_dir():
+                "no service manager of this user answers: log in as the user rather than by su or "
+                "sudo, and see that XDG_RUNTIME_DIR is set"
+            )
+    elif not place.managed():
         raise KVStoreError(
             "systemd does not run this host: use another service manager, or --no-start to "
             "prepare an image"
@@ -291,7 +293,7 @@ def _check_seen(place: Place, file: Path) -> None:
 
 
 def _prepare_system(place: Place, file: Path, say: Say) -> None:
-    """User, group and folders; and a proof that this user can run kvstored as configured."""
+    """User, group and folders, and what the service would stumble over."""
     for path, name in place.snippets.items():
         _write(path, _template(name))
     sysusers, tmpfiles = place.snippets
@@ -303,6 +305,18 @@ def _prepare_system(place: Place, file: Path, say: Say) -> None:
             path.mkdir(mode=0o711, parents=True)
             shutil.chown(path, USER, USER)
             say(f"made {path} for user {USER}")
+    tiers, uid = (tree.dram.path, *tree.nvme.paths), pwd.getpwnam(USER).pw_uid
+    for folder in (path / tenant for path in tiers for tenant in tree.tenants):
+        if folder.exists() and (owner := folder.stat().st_uid) != uid:
+            raise KVStoreError(
+                f"{folder} belongs to user {owner}, not to {USER}, as of a daemon run by hand: "
+                f"stop that, and remove the folder or `chown --recursive {USER}: {folder}`"
+            )
+    _prove(file)
+
+
+def _prove(file: Path) -> None:
+    """Raises when the service's user cannot run kvstored with this configuration."""
     command = [sys.executable, "-m", "kvstore.daemon", "--check-config", "--config", str(file)]
     try:
         done = subprocess.run(
@@ -347,19 +361,18 @@ def _write(path: Path, text: str) -> None:
 
 def uninstall(place: Place, say: Say) -> None:
     """Stop and disable the service, and remove its unit; blocks and configuration stay."""
-    _check_manager(place, needed=False)
+    _check_manager(place, needed=place.user)
     if not place.unit.exists():
         say(f"there is no {place.unit}: nothing to remove")
         return
     left = list(_left(place))
-    running = place.succeeds("daemon-reload")  # else no manager runs: the links go all the same
-    if running:
+    if place.managed():
         place.systemctl("stop", UNIT, timeout_s=None)
         shutil.rmtree(place.runtime, ignore_errors=True)  # sockets that nobody listens at
     place.systemctl("disable", UNIT)
     for path in (place.unit, *place.snippets):
         path.unlink(missing_ok=True)
-    if running:
+    if place.managed():
         place.systemctl("daemon-reload")
         place.succeeds("reset-failed", UNIT)
     say(f"stopped and removed {place.unit}")
@@ -374,7 +387,8 @@ def _left(place: Place) -> Iterator[str]:
     with contextlib.suppress(KVStoreError):
         tree = config.load(file if file is not None and file.exists() else None, {})
         yield f"left in memory, until you remove it or the host restarts: {tree.dram.path}"
-        yield f"left on disk: {', '.join(map(str, tree.nvme.paths))}"
+        if disks := [str(path) for path in tree.nvme.paths if path.exists()]:
+            yield f"left on disk: {', '.join(disks)}"
     drop_ins = place.unit.with_name(f"{UNIT}.d")
     files = [path for path in (file, drop_ins) if path is not None and path.exists()]
     if files:

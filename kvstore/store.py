@@ -49,7 +49,7 @@ class Store:
         self.catalog = self.placement.catalog
         self.counters = self.placement.counters
         self.sessions = Sessions()
-        self.holdings = Holdings(limits, self.sessions, self.catalog, self.counters.limited)
+        self.holdings = Holdings(limits, self.sessions, self.placement, self.counters.limited)
         self._reads = Reads(self.placement, self.sessions, self.holdings)
         self._writes = Writes(self.placement, self.sessions, self.holdings, self._reads.note)
         self.commit = self._writes.commit

@@ -96,6 +96,7 @@ class Writes:
         got = self._take(blocks, chain, now, force)
         for at in fresh[got:]:
             status[at] = REFUSED
+        self.holdings.give_back(session, entry, len(fresh) - got)
         writer = session.number if shard is None else SEVERAL
         for block in blocks[:got]:
             flags[block] |= WRITING

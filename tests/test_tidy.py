@@ -49,6 +49,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "carrier",
             "config",
             "disk",
+            "drains",
             "hands",
             "metrics",
             "mover",

@@ -27,3 +27,5 @@ def test_the_wheel_holds_kvstore_alone_and_whole(tmp_path: Path) -> None:
         modules |= {f"kvstore/{room}/{path.name}" for path in (ROOT / room).glob("*.py")}
     assert modules <= names, "pyproject.toml leaves a module out"
     assert {"kvstore/py.typed", "kvstore/protos/kvstore.proto"} <= names
+    units = {f"kvstore/systemd/{path.name}" for path in (ROOT / "kvstore" / "systemd").iterdir()}
+    assert units and units <= names, "pyproject.toml leaves a unit out"

@@ -2,8 +2,8 @@
 
     python -m tests.e2e.gated FOLDER --config FILE
 
-Reads wait while the file FOLDER/hold-read exists, writes while FOLDER/hold-write does. Nothing else
-differs from `python -m kvstore.daemon`.
+Reads wait while the file FOLDER/hold-read exists, writes while FOLDER/hold-write does, probes while
+either does. Nothing else differs from `python -m kvstore.daemon`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ class GatedFiles(NvmeFiles):
     def write(self, offset: int, data: memoryview) -> None:
         _pass("hold-write")
         super().write(offset, data)
+
+    def probe(self) -> None:
+        _pass("hold-read")
+        _pass("hold-write")
+        super().probe()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import shutil
+import sys
 import time
 from array import array
 from collections.abc import Awaitable, Callable, Sequence
@@ -52,6 +53,12 @@ def run(work: Callable[[], Awaitable[T]]) -> T:
 
     with asyncio.Runner(loop_factory=Loop) as runner:
         return runner.run(main())
+
+
+def say(text: str) -> None:
+    """A line for people, at once also where it is redirected."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def layout(size: int, shards: int = 1) -> Layout:

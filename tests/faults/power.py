@@ -21,7 +21,7 @@ from pathlib import Path
 
 from kvstore.index import Index, Loaded
 from kvstore.tiers.nvme import FILE_NAME, HEADER_BYTES, NvmeFiles
-from tests.faults.host import KIB, TENANT, Host, Settings, content, key, layout, run
+from tests.faults.host import KIB, TENANT, Host, Settings, content, key, layout, run, say
 from tests.faults.medium import Drive, Recorder, lay
 from tests.faults.sweep import quiet
 from tests.index_workload import FAR_S, SLOT, served
@@ -195,7 +195,7 @@ def main() -> int:
     finally:
         shutil.rmtree(folder)
     lags = recording.lags_s()
-    sys.stdout.write(
+    say(
         f"seed {options.seed}: {len(recording.events)} steps; "
         + ", ".join(f"{name} {count}" for name, count in sorted(marks.items()))
         + f"\n{len(lags)} blocks durable, the latest {1e3 * max(lags):.0f} ms after its write "

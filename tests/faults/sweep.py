@@ -26,7 +26,7 @@ import structlog
 
 from kvstore.tiers.faults import SUFFERED_BY, At, Fault, FaultPlan, FaultyTier
 from kvstore.tiers.nvme import NvmeFiles
-from tests.faults.host import KIB, NEVER_S, Host, Hung, Settings, key, layout, run
+from tests.faults.host import KIB, NEVER_S, Host, Hung, Settings, key, layout, run, say
 
 BLOCK = 512 * KIB
 LAYOUT = layout(BLOCK)
@@ -215,7 +215,7 @@ def main() -> int:
     with quiet():
         some = [case for case in cases() if options.only in (None, case.fault)]
         some = some[:: options.every]
-        sys.stdout.write(f"{len(some)} cases\n")
+        say(f"{len(some)} cases\n")
         late_ms = 0
         totals: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
         for case in some:
@@ -225,13 +225,13 @@ def main() -> int:
             total.update(reached=bool(result.injected), lost=result.lost)
             if result.wrong or result.problem:
                 total["failed"] += 1
-                sys.stdout.write(f"FAILED {case}: {result}\n")
+                say(f"FAILED {case}: {result}\n")
     for fault, total in totals.items():
-        sys.stdout.write(f"{fault:7}" + "".join(_figures(total)) + "\n")
+        say(f"{fault:7}" + "".join(_figures(total)) + "\n")
     every = sum(totals.values(), collections.Counter())
-    sys.stdout.write(f"{'all':7}" + "".join(_figures(every)) + "\n")
-    sys.stdout.write(f"latest answer {late_ms} ms after its deadline; ")
-    sys.stdout.write(f"{time.monotonic() - started:.0f} s\n")
+    say(f"{'all':7}" + "".join(_figures(every)) + "\n")
+    say(f"latest answer {late_ms} ms after its deadline; ")
+    say(f"{time.monotonic() - started:.0f} s\n")
     return 1 if every["failed"] or every["wrong"] else 0
 
 

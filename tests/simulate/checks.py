@@ -25,6 +25,7 @@ class Checks:
         self.world = world
         self._expected: list[Name] = []  # on NVMe
         self._expected_dram: set[Name] = set()
+        self._may_return: set[Name] = set()  # although they were forgotten
         self._fingerprints = {layout.fingerprint: n for n, layout in enumerate(world.layouts)}
 
     def after_step(self) -> None:
@@ -123,6 +124,7 @@ class Checks:
             for record in self.world.daemon.table.records()
             if record.state == COMMITTED
         }
+        self._may_return |= found  # forgotten in the very moment of death
         if self.world.daemon.started:
             self._expected_dram = found
             self._note_durable()
@@ -139,7 +141,10 @@ class Checks:
         """Blocks whose record in the index is durable and true."""
         daemon, drive = self.world.daemon, self.world.machine.drive
         self._expected = []
-        if drive is None or daemon.index is None:
+        file, index = self.world.machine.index, daemon.index
+        there = file.names(file.records) if index is None else index.dangling()
+        self._may_return |= {(self._fingerprints[of], key) for of, key in there}
+        if drive is None or index is None:
             return
         catalog = daemon.store.catalog
         for block, key in enumerate(catalog.keys):
@@ -147,12 +152,14 @@ class Checks:
                 continue
             offset = catalog.nvme[block] * SLOT_ALIGNMENT
             entry = catalog.entry(block)
-            if daemon.index.says(offset, key, catalog.sums[block]):
+            if index.says(offset, key, catalog.sums[block]):
                 self._expected.append((self._fingerprints[entry.fingerprint], key))
 
     def after_restart(self) -> None:
         """What was durable is there again."""
         world, daemon = self.world, self.world.daemon
+        world.ledger.revived(self._may_return)
+        self._may_return = set()
         self._check_adopted()
         if daemon.index is None:
             return
@@ -166,7 +173,6 @@ class Checks:
         if self._expected:
             world.marks["durable blocks found again"] += len(self._expected)
         self._expected = []
-        world.ledger.revived(names)
 
     def _check_adopted(self) -> None:
         """Every block that the slot table said was committed can be had from DRAM."""
@@ -182,7 +188,12 @@ class Checks:
         assert not lost, f"committed blocks are lost with the daemon: {lost}"
         self.world.marks["blocks adopted"] += len(self._expected_dram)
         self._expected_dram = set()
-        self.world.ledger.revived(names)
+
+    def opened_late(self) -> None:
+        """The drive was absent: of what was forgotten meanwhile it does not know."""
+        file = self.world.machine.index
+        there = file.names(file.records)
+        self.world.ledger.revived((self._fingerprints[of], key) for of, key in there)
 
     # -- the end -------------------------------------------------------------------------------
 

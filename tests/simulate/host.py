@@ -112,7 +112,7 @@ class Daemon:
 
     def attached(self, session: Session, client: Program) -> None:
         """A process takes part in a session, as the hatch hears of it."""
-        self.processes.joined(session.number, self.world.peer(self.process, client.number))  # type: ignore[arg-type]
+        self.processes.joined(session, self.world.peer(self.process, client.number))  # type: ignore[arg-type]
 
     def detach(self, session: Session) -> None:
         """The end of a session, as the hatch carries it out."""
@@ -260,6 +260,8 @@ class Daemon:
             return
         if drive.faults.absent:
             drive.probe()  # raises
+        if self.started:
+            self.world.checks.opened_late()
         self.index = SimulatedIndex(
             self.machine.index,
             drive,

@@ -7,11 +7,14 @@ out by the real code.
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
+from collections.abc import Iterable
 
 from kvstore.index import BACKOFF_S_MAX, BACKOFF_S_MIN, Loaded, _columns
 from kvstore.index_reader import KEY, VALUE, Scan
+from kvstore.types import Layout
 from tests.simulate.clock import Process
 from tests.simulate.media import Drive
 
@@ -22,6 +25,16 @@ class IndexFile:
     def __init__(self) -> None:
         self.records: dict[int, bytes] = {}
         self.layouts: dict[int, str] = {}
+
+    def names(self, offsets: Iterable[int]) -> set[tuple[bytes, bytes]]:
+        """Layout and hash of the blocks in these slots, as far as there are records of them."""
+        found = set()
+        for offset in offsets:
+            if (value := self.records.get(offset)) is not None:
+                number, _, length = VALUE.unpack_from(value)
+                layout = Layout(**json.loads(self.layouts[number]))
+                found.add((layout.fingerprint, value[VALUE.size : VALUE.size + length]))
+        return found
 
     def scan(self) -> Scan:
         """As the reader of a real file hands it out."""
@@ -101,6 +114,10 @@ class SimulatedIndex:
         value = self.file.records.get(offset, b"")
         waits = offset in self._pending or offset in self._taken
         return not waits and sums is not None and value[VALUE.size :] == hash + sums
+
+    def dangling(self) -> set[tuple[bytes, bytes]]:
+        """Layout and hash of blocks whose record is durable, and on its way to be another."""
+        return self.file.names(self._pending.keys() | self._taken.keys())
 
     def _note(self) -> None:
         if not self._busy:

@@ -413,6 +413,7 @@ class World:
             spread=chance.randint(1, 2),
             queue_depth=chance.randint(1, 4),
             loads_max=chance.choice((1, 4, 64)),
+            hang_s=chance.choice((1.0, 10.0)),
         )
         return Machine(
             config,

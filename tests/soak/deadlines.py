@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import random
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from kvstore.client import Cache, Client, Grant, Reservation, connect
 from kvstore.errors import KVStoreError, SessionLost, Unavailable
@@ -25,6 +26,8 @@ SIZE = 16 * KIB
 TIMEOUT_S = 0.4
 WAIT_S = 0.3  # deadline_s of the calls that take one; below the timeout, which counts then
 LONGER_S = 0.7  # and above it
+ALIVE_S_MAX = 4.0  # of a daemon in the loop, its start included
+LIMIT_S = 60.0  # of all calls once; far beyond all deadlines together
 FORGIVEN = (Unavailable, SessionLost)
 STATES = ("stopped", "dead", "restarting")
 
@@ -34,7 +37,8 @@ Calls = dict[str, tuple[float, Callable[[], object]]]
 class Desk:
     """One client with everything that is needed to try each call: its caches, and some leases."""
 
-    def __init__(self, daemon: Daemon, door: str, name: str) -> None:
+    def __init__(self, daemon: Daemon, door: str, name: str, many: int) -> None:
+        self._many = hashes(many, "many", size=64)
         self._path = daemon.socket(door)
         self._name = name
         self.client: Client = connect(self._path, timeout_s=TIMEOUT_S)
@@ -60,11 +64,10 @@ class Desk:
     def calls(self) -> Calls:
         """Every public call, and by when it must be over."""
         client, cache, keys = self.client, self.cache, self._keys
-        many = hashes(65_536, "many", size=64)  # more than a socket takes at once
         new = self._fresh()
         found: Calls = {
             "lookup": (TIMEOUT_S, lambda: cache.lookup(keys)),
-            "lookup of many": (TIMEOUT_S, lambda: cache.lookup(many)),
+            "lookup of many": (TIMEOUT_S, lambda: cache.lookup(self._many)),
             "put": (TIMEOUT_S, lambda: cache.put(new, contents(new, SIZE))),
             "put, wait": (LONGER_S, lambda: cache.put(new, self._blocks[:4], deadline_s=LONGER_S)),
             "get": (TIMEOUT_S, lambda: cache.get(keys, targets(6, SIZE), deadline_s=WAIT_S)),
@@ -108,16 +111,19 @@ class Times:
         self.late: dict[str, list[str]] = defaultdict(list)
         self.worst_s: dict[str, float] = defaultdict(lambda: -TIMEOUT_S)
         self.errors: list[str] = []
+        self.under_way: dict[int, str] = {}  # by thread
 
     def take(self, state: str, name: str, deadline_s: float, call: Callable[[], object]) -> None:
         """Make a call."""
         started = time.monotonic()
+        self.under_way[threading.get_ident()] = f"{state}, {name}"
         try:
             call()
         except FORGIVEN:
             pass
         except KVStoreError as error:
             self.errors.append(f"{state}, {name}: {error!r}")
+        del self.under_way[threading.get_ident()]
         over = time.monotonic() - started - deadline_s
         with self._lock:
             self.calls[state] += 1
@@ -133,8 +139,9 @@ def all_calls(times: Times, state: str, desk: Desk, door: str) -> None:
     times.take(state, f"{door} close", TIMEOUT_S, desk.close)
 
 
-def at_once(runs: list[Callable[[], None]]) -> None:
-    """In a thread each; raises what the first of them raised."""
+def at_once(times: Times, limit_s: float, runs: Sequence[Callable[[], None]]) -> None:
+    """In a thread each; raises what the first of them raised. What still runs at the limit is
+    noted as an error."""
     failures: list[BaseException] = []
 
     def guard(run: Callable[[], None]) -> None:
@@ -143,11 +150,13 @@ def at_once(runs: list[Callable[[], None]]) -> None:
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=guard, args=(run,)) for run in runs]
+    end = time.monotonic() + limit_s
+    threads = [threading.Thread(target=guard, args=(run,), daemon=True) for run in runs]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(max(0.0, end - time.monotonic()))
+    times.errors += [f"no end of {name}" for name in list(times.under_way.values())]
     if failures:
         raise failures[0]
 
@@ -160,25 +169,32 @@ def dead(daemon: Daemon) -> Iterator[None]:
     daemon.start()
 
 
-def halted(daemon: Daemon, times: Times, threads: int) -> None:
+def halted(daemon: Daemon, times: Times, threads: int, many: int) -> None:
     """All calls of all doors while the daemon is stopped, then while it is dead."""
     for state, manner in (("stopped", daemon.suspended), ("dead", lambda: dead(daemon))):
         desks = [
-            (door, Desk(daemon, door, f"{door} {at}")) for door in DOORS for at in range(threads)
+            (door, Desk(daemon, door, f"{door} {at}", many))
+            for door in DOORS
+            for at in range(threads)
         ]
         for _, desk in desks:
             desk.stock()
+        runs = [functools.partial(all_calls, times, state, desk, door) for door, desk in desks]
         with manner():
-            at_once([lambda d=d, n=n: all_calls(times, state, d, n) for n, d in desks])  # type: ignore[misc]  # noqa: B023
+            at_once(times, LIMIT_S, runs)
 
 
-def restarting(daemon: Daemon, times: Times, threads: int, seconds: float, seed: int) -> None:
+def restarting(
+    daemon: Daemon, times: Times, threads: int, many: int, *, seconds: float, seed: int
+) -> None:
     """All calls again and again, while the daemon dies and starts at any moment."""
     rng = random.Random(seed)
+    every = [(door, at) for door in DOORS for at in range(threads)]
+    desks = {(door, at): Desk(daemon, door, f"again {door} {at}", many) for door, at in every}
     end = time.monotonic() + seconds
 
     def work(door: str, at: int) -> None:
-        desk = Desk(daemon, door, f"again {door} {at}")
+        desk = desks[door, at]
         while time.monotonic() < end:
             for name, (deadline_s, call) in desk.calls().items():
                 times.take("restarting", f"{door} {name}", deadline_s, call)
@@ -188,11 +204,15 @@ def restarting(daemon: Daemon, times: Times, threads: int, seconds: float, seed:
 
     def kill() -> None:
         while time.monotonic() < end:
-            time.sleep(rng.uniform(0, 2.0))
+            time.sleep(rng.uniform(0, ALIVE_S_MAX))
             daemon.kill()
             daemon.spawn()
 
-    at_once([kill, *(lambda d=d, a=a: work(d, a) for d in DOORS for a in range(threads))])
+    at_once(
+        times,
+        seconds + LIMIT_S,
+        [kill, *(lambda d=d, a=a: work(d, a) for d, a in every)],
+    )
 
 
 def main() -> None:
@@ -200,14 +220,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.soak.deadlines")
     parser.add_argument("--seconds", type=float, default=60.0, help="of restarts")
     parser.add_argument("--threads", type=int, default=1, help="and clients, for each door")
+    parser.add_argument("--many", type=int, default=65_536, help="keys of the largest request")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     figures = Figures(f"deadlines: timeout {TIMEOUT_S} s, {options.threads} clients for each door")
     times = Times()
     with Daemon() as daemon:
         daemon.start()
-        halted(daemon, times, options.threads)
-        restarting(daemon, times, options.threads, options.seconds, options.seed)
+        halted(daemon, times, options.threads, options.many)
+        restarting(
+            daemon,
+            times,
+            options.threads,
+            options.many,
+            seconds=options.seconds,
+            seed=options.seed,
+        )
         if daemon.process is not None and daemon.process.poll() is None:
             daemon.kill()
     for state in STATES:

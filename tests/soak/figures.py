@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ class Figures:
 
     def __init__(self, title: str) -> None:
         self._title = title
+        # Told to stop, it ends its daemon and its children first.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
         self._rows: list[tuple[str, str, str, bool]] = []
         self.started = time.monotonic()
 

@@ -84,12 +84,16 @@ class Writer:
         self._overdue = Overdue()
         self._next = 1
         self._live: deque[int] = deque()
+        begun = 0
         for kind, chain, _, _ in self._ledger.follow():
             if kind == TRIED:
                 self._next = chain + 1
                 self._live.append(chain)
             elif kind == FORGET and chain in self._live:
                 self._live.remove(chain)
+                begun = chain
+        if begun:  # death may have come before the daemon heard of it
+            self._live.appendleft(begun)
 
     def run(self) -> None:
         """For ever."""

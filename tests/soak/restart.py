@@ -114,7 +114,8 @@ def main() -> None:
     # Room for a slab more than the blocks take, so that the last of them are not evicted.
     sizes = {"dram": {"size": arena + (64 << 20)}, "nvme": {"size": arena * 5 // 4 + (256 << 20)}}
     with Daemon(**sizes) as daemon:  # type: ignore[arg-type]
-        daemon.start()
+        daemon.spawn()
+        wait_for(lambda: '"ready"' in daemon.log(), "the arena to be allocated", FILL_S)
         fill(daemon, count, size)
         for _ in range(options.times):
             daemon.kill()

@@ -98,7 +98,7 @@ def test_a_tenants_group_gets_in_and_nobody_else(booted: Host) -> None:
 
 def test_memory_outlives_a_kill_and_a_stop(booted: Host) -> None:
     client(booted, "member", "put")
-    booted.run("kill", "-KILL", booted.show("MainPID"))
+    booted.run("sh", "-c", 'kill -KILL "$1"', "sh", booted.show("MainPID"))
     until(lambda: booted.show("NRestarts") == "1" and booted.show("ActiveState") == "active")
     assert client(booted, "member", "get") == IN_MEMORY
     booted.run("systemctl", "stop", "kvstored")
@@ -120,3 +120,11 @@ def test_an_uninstall_leaves_the_blocks_and_says_where(booted: Host) -> None:
         "/etc/tmpfiles.d/kvstore.conf",
     ):
         booted.run("test", "!", "-e", gone)
+
+
+def test_blocks_of_another_user_are_not_taken_over(booted: Host) -> None:
+    booted.run("chown", "--recursive", "stranger:", "/dev/shm/kvstore/team")
+    done = booted.run(f"{VENV}/bin/kvstore", "service", "install", check=False)
+    assert done.returncode == 1
+    assert "/dev/shm/kvstore/team belongs to user " in done.stderr
+    booted.run("test", "!", "-e", "/etc/systemd/system/kvstored.service")
