@@ -65,7 +65,7 @@ def test_one_client_cannot_pin_the_arena(small: Daemon, door: str) -> None:
 def test_all_clients_together_leave_room(small: Daemon, door: str) -> None:
     hogs = [small.client(door).open(layout(f"hog {number}")) for number in range(3)]
     held = [hog.reserve(hashes(BLOCKS, f"hog {at}")) for at, hog in enumerate(hogs)]
-    new = [len(one.new) for one in held]
+    new = [len(one) for one in held]
     assert new == [BLOCKS // 2, BLOCKS * 3 // 8, 0]
     honest = small.client(door).open(layout("honest"))
     assert honest.put(KEYS, contents(KEYS, SIZE)).refused == 4, "the bound is of all clients"
@@ -95,10 +95,11 @@ def test_bounds_are_reloaded(make_daemon: MakeDaemon, door: str) -> None:
     with pytest.raises(LimitExceeded, match=r"this tenant hold 2 .*limits\.leases_per_tenant"):
         cache.acquire(KEYS)
     daemon.config["limits"] = {"leases_per_tenant": 50, "bytes_per_session": "25%"}
-    daemon.reload()
+    daemon.write_config()
+    daemon.signal(signal.SIGHUP)
     wait_for(lambda: "configuration reloaded" in daemon.log(), "the daemon to reload")
     assert cache.acquire(KEYS).length == 4
-    assert len(other.reserve(hashes(BLOCKS, "quarter")).new) == BLOCKS // 4 - 4
+    assert len(other.reserve(hashes(BLOCKS, "quarter"))) == BLOCKS // 4 - 4
     del held
 
 

@@ -108,8 +108,8 @@ def test_reads_that_hang(hanging: Daemon, door: str) -> None:
     assert "NVMe tier is fenced" in hanging.log() and "NVMe tier works again" in hanging.log()
 
 
-def test_writes_that_hang(hanging: Daemon, door: str) -> None:
-    cache = hanging.client(door).open(layout("hanging"))
+def test_writes_that_hang(hanging: Daemon) -> None:
+    cache = hanging.client().open(layout("hanging"))
     first, others = hashes(20, "first"), hashes(300, "others")
     clock = Clock()
     with hanging.hold("write"):
@@ -141,3 +141,28 @@ def test_a_hang_that_ends_in_time_is_only_slow(hanging: Daemon) -> None:
     assert get(cache, cold[0], 10.0) == 1
     assert hanging.settled().tiers.nvme.fenced is False
     assert "fenced" not in hanging.log()
+
+
+def test_a_disk_that_fails_at_random(make_daemon: MakeDaemon) -> None:
+    """The section of soak runs: whatever befalls the disk, what is served is right."""
+    chances = ("read_error", "write_error", "sync_error", "enospc", "short", "torn", "flip", "slow")
+    faults: dict[str, object] = dict.fromkeys(chances, 0.04)
+    faults |= {"hang": 0.002, "hang_time": "200 ms", "latency": "2 ms", "seed": 11}
+    daemon = make_daemon(dram={"size": "8 MiB"}, faults=faults).start()
+    assert "[faults] is set" in daemon.log()
+    client = daemon.client()
+    cache = client.open(layout("random"))
+    keys = hashes(300, "random")
+    served = 0
+    for at in range(0, len(keys), 20):
+        some = keys[at : at + 20]
+        cache.put(some, contents(some, SIZE), deadline_s=2.0)
+        served += sum(get(cache, key, 1.0) for key in keys[: at + 20 : 7])
+    client.verify(deadline_s=30)
+    stats = daemon.stats()
+    assert served > 100
+    assert stats.tiers.nvme.corrupt > 0 and stats.tiers.nvme.failed > 0
+    wait_for(lambda: not is_fenced(daemon), "the tier to be used again", BACK_S)
+    more = hashes(20, "and then")
+    assert cache.put(more, contents(more, SIZE), deadline_s=5.0).stored == 20
+    assert all(get(cache, key, 1.0) for key in more)

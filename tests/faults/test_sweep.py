@@ -10,12 +10,10 @@ from tests.faults.sweep import GONE, Case
 
 # Writes 1 to 24 store, reads 1 to 48 load, 49 to 72 check, the others are of the second life.
 SAMPLE = (
-    Case(Fault.EIO.value, "write", 3),
     Case(Fault.EIO.value, "sync", 1),
     Case(Fault.ENOSPC.value, "write", 24),
     Case(Fault.SHORT.value, "read", 60),
     Case(Fault.TORN.value, "write", 10),
-    Case(Fault.TORN.value, "read", 5),
     Case(Fault.FLIP.value, "write", 17),
     Case(Fault.FLIP.value, "read", 80),
     Case(Fault.HANG.value, "read", 2),

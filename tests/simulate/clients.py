@@ -146,9 +146,10 @@ class Client(Program):
     def _give_up(self, waiter: Waiter, connection: Connection, verb: int) -> None:
         """No answer came in time: what may still be granted is given back."""
         self.world.marks["call given up"] += 1
-        undo = {pb.RESERVE: self._undo_reserve, pb.ACQUIRE: self._undo_acquire}.get(verb)
-        if undo is not None:
-            waiter.late = lambda reply: undo(connection, reply)
+        if verb == pb.RESERVE:
+            waiter.late = lambda reply: self._undo_reserve(connection, reply)
+        elif verb == pb.ACQUIRE:
+            waiter.late = lambda reply: self._undo_acquire(connection, reply)
         resume, waiter.resume = waiter.resume, None
         assert resume is not None
         resume(None)
@@ -209,11 +210,11 @@ class Client(Program):
         if not complete or self.chance.random() < 0.1:
             yield from self._call(connection, pb.ABORT, pb.AbortRequest(lease=reply.lease))
             return
-        request = pb.CommitRequest(lease=reply.lease)
+        commit = pb.CommitRequest(lease=reply.lease)
         if self.chance.random() < 0.5:
-            self._tell(connection, pb.COMMIT, request)
+            self._tell(connection, pb.COMMIT, commit)
             return
-        done = yield from self._call(connection, pb.COMMIT, request)
+        done = yield from self._call(connection, pb.COMMIT, commit)
         if done is not None:
             assert done.held, "a lease ended before its session"
 

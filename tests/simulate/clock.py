@@ -1,12 +1,11 @@
 """Virtual time: one queue of events, and processes that take part in it.
 
-A process is an event loop in the sense of asyncio, as far as the daemon uses one. What a stopped
+A process is an event loop of asyncio, as far as the daemon uses one. What a stopped
 process would do happens when it is resumed; what a dead one would do never happens.
 """
 
 from __future__ import annotations
 
-import asyncio
 import heapq
 import itertools
 from collections.abc import Callable
@@ -62,7 +61,7 @@ class Clock:
         return None
 
 
-class Process(asyncio.AbstractEventLoop):
+class Process:
     """One process. Its methods are those of an event loop; the rest of asyncio it has not."""
 
     def __init__(self, clock: Clock, name: str) -> None:

@@ -80,14 +80,15 @@ class Daemon:
         info = ServiceInfo(
             "default", "0", generation, "arena", self.arena.capacity_bytes, self.arena.inode
         )
-        asyncio._set_running_loop(self.process)
+        loop: Any = self.process  # as much of one as is needed
+        asyncio._set_running_loop(loop)
         try:
             self.service = Service(self.store, self.hands, info, lambda: b"{}")
         finally:
             asyncio._set_running_loop(None)
         self.workers = self._start_workers()
         self.hands.mover = self.workers  # type: ignore[assignment]
-        self.processes = Processes(self.process, self._estate.notes, self._unquarantine)
+        self.processes = Processes(loop, self._estate.notes, self._unquarantine)
 
     def start(self) -> None:
         """Adopt what there is, and open the doors."""
@@ -233,7 +234,8 @@ class Daemon:
 
     def _start_workers(self) -> Workers:
         world, drive = self.world, self.machine.drive
-        self._door = Door(self.process, self._finished)
+        loop: Any = self.process
+        self._door = Door(loop, self._finished)
         device = Opening(drive, self._try_to_open) if drive is not None else None
         return Workers(
             self.arena,

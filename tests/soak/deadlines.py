@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import random
 import threading
@@ -24,8 +25,8 @@ from tests.soak.figures import GRACE_S, Figures
 
 SIZE = 16 * KIB
 TIMEOUT_S = 0.4
-WAIT_S = 0.3  # deadline_s of the calls that take one; below the timeout, which counts then
-LONGER_S = 0.7  # and above it
+WAIT = 0.75  # deadline_s of the calls that take one, in timeouts: below, and the timeout counts
+LONGER = 1.75  # and above it
 ALIVE_S_MAX = 4.0  # of a daemon in the loop, its start included
 LIMIT_S = 60.0  # of all calls once; far beyond all deadlines together
 FORGIVEN = (Unavailable, SessionLost)
@@ -34,18 +35,29 @@ STATES = ("stopped", "dead", "restarting")
 Calls = dict[str, tuple[float, Callable[[], object]]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of a run."""
+
+    timeout_s: float
+    grace_s: float
+    threads: int
+    many: int
+
+
 class Desk:
     """One client with everything that is needed to try each call: its caches, and some leases."""
 
-    def __init__(self, daemon: Daemon, door: str, name: str, many: int) -> None:
-        self._many = hashes(many, "many", size=64)
+    def __init__(self, daemon: Daemon, door: str, name: str, sizes: Sizes) -> None:
+        self._many = hashes(sizes.many, "many", size=64)
         self._path = daemon.socket(door)
         self._name = name
-        self.client: Client = connect(self._path, timeout_s=TIMEOUT_S)
+        self.client: Client = connect(self._path, timeout_s=sizes.timeout_s)
         self.cache: Cache = self.client.open(layout("deadlines", shard_bytes=SIZE))
         self._keys = hashes(6, "kept")
         self._blocks = contents(self._keys, SIZE)
         self._number = 0
+        self._timeout_s = sizes.timeout_s
         self.cache.put(self._keys, self._blocks)
         self.grants: list[Grant] = []
         self.reservations: list[Reservation] = []
@@ -65,37 +77,38 @@ class Desk:
         """Every public call, and by when it must be over."""
         client, cache, keys = self.client, self.cache, self._keys
         new = self._fresh()
+        short, wait, longer = self._timeout_s, WAIT * self._timeout_s, LONGER * self._timeout_s
         found: Calls = {
-            "lookup": (TIMEOUT_S, lambda: cache.lookup(keys)),
-            "lookup of many": (TIMEOUT_S, lambda: cache.lookup(self._many)),
-            "put": (TIMEOUT_S, lambda: cache.put(new, contents(new, SIZE))),
-            "put, wait": (LONGER_S, lambda: cache.put(new, self._blocks[:4], deadline_s=LONGER_S)),
-            "get": (TIMEOUT_S, lambda: cache.get(keys, targets(6, SIZE), deadline_s=WAIT_S)),
-            "get, wait": (LONGER_S, lambda: cache.get(keys, targets(6, SIZE), deadline_s=LONGER_S)),
-            "reserve": (TIMEOUT_S, lambda: cache.reserve(self._fresh(), deadline_s=WAIT_S).abort()),
-            "acquire": (TIMEOUT_S, lambda: cache.acquire(keys, deadline_s=WAIT_S).length),
-            "acquire, wait": (LONGER_S, lambda: cache.acquire(keys, deadline_s=LONGER_S).length),
-            "prefetch": (TIMEOUT_S, lambda: cache.prefetch(keys)),
-            "retain": (TIMEOUT_S, lambda: cache.retain(keys, 50, ttl_s=1.0)),
-            "forget": (TIMEOUT_S, lambda: cache.forget(new)),
-            "open": (TIMEOUT_S, lambda: client.open(layout(f"other {self._number % 9}"))),
-            "stats": (TIMEOUT_S, client.stats),
-            "clear": (TIMEOUT_S, client.clear),
-            "verify": (WAIT_S, lambda: client.verify(deadline_s=WAIT_S)),
-            "drain": (WAIT_S, lambda: client.drain(deadline_s=WAIT_S)),
-            "ticket": (TIMEOUT_S, lambda: client.ticket),
-            "connect": (TIMEOUT_S, self._connect),
+            "lookup": (short, lambda: cache.lookup(keys)),
+            "lookup of many": (short, lambda: cache.lookup(self._many)),
+            "put": (short, lambda: cache.put(new, contents(new, SIZE))),
+            "put, wait": (longer, lambda: cache.put(new, self._blocks[:4], deadline_s=longer)),
+            "get": (short, lambda: cache.get(keys, targets(6, SIZE), deadline_s=wait)),
+            "get, wait": (longer, lambda: cache.get(keys, targets(6, SIZE), deadline_s=longer)),
+            "reserve": (short, lambda: cache.reserve(self._fresh(), deadline_s=wait).abort()),
+            "acquire": (short, lambda: cache.acquire(keys, deadline_s=wait).length),
+            "acquire, wait": (longer, lambda: cache.acquire(keys, deadline_s=longer).length),
+            "prefetch": (short, lambda: cache.prefetch(keys)),
+            "retain": (short, lambda: cache.retain(keys, 50, ttl_s=1.0)),
+            "forget": (short, lambda: cache.forget(new)),
+            "open": (short, lambda: client.open(layout(f"other {self._number % 9}"))),
+            "stats": (short, client.stats),
+            "clear": (short, client.clear),
+            "verify": (wait, lambda: client.verify(deadline_s=wait)),
+            "drain": (wait, lambda: client.drain(deadline_s=wait)),
+            "ticket": (short, lambda: client.ticket),
+            "connect": (short, self._connect),
         }
         for at, grant in enumerate(self.grants):
-            found[f"release {at}"] = (TIMEOUT_S, grant.release)
+            found[f"release {at}"] = (short, grant.release)
         ends = [Reservation.commit, Reservation.abort, lambda one: one.__exit__(None, None, None)]
         for at, (end, one) in enumerate(zip(ends, self.reservations, strict=False)):
-            found[f"commit or abort {at}"] = (TIMEOUT_S, lambda end=end, one=one: end(one))  # type: ignore[misc]
+            found[f"commit or abort {at}"] = (short, lambda end=end, one=one: end(one))  # type: ignore[misc]
         self.grants, self.reservations = [], []
         return found
 
     def _connect(self) -> None:
-        connect(self._path, timeout_s=TIMEOUT_S).close()
+        connect(self._path, timeout_s=self._timeout_s).close()
 
     def close(self) -> None:
         """The last call of all."""
@@ -105,11 +118,12 @@ class Desk:
 class Times:
     """By how much calls outlasted their deadlines: less than nothing, if they did not."""
 
-    def __init__(self) -> None:
+    def __init__(self, grace_s: float) -> None:
+        self.grace_s = grace_s
         self._lock = threading.Lock()
         self.calls: dict[str, int] = defaultdict(int)
         self.late: dict[str, list[str]] = defaultdict(list)
-        self.worst_s: dict[str, float] = defaultdict(lambda: -TIMEOUT_S)
+        self.worst_s: dict[str, float] = defaultdict(lambda: -1.0)
         self.errors: list[str] = []
         self.under_way: dict[int, str] = {}  # by thread
 
@@ -128,7 +142,7 @@ class Times:
         with self._lock:
             self.calls[state] += 1
             self.worst_s[state] = max(self.worst_s[state], over)
-            if over > GRACE_S:
+            if over > self.grace_s:
                 self.late[state].append(f"{name} +{over * 1e3:.0f} ms")
 
 
@@ -136,7 +150,7 @@ def all_calls(times: Times, state: str, desk: Desk, door: str) -> None:
     """Each of them once, and the close of the client at the end."""
     for name, (deadline_s, call) in desk.calls().items():
         times.take(state, f"{door} {name}", deadline_s, call)
-    times.take(state, f"{door} close", TIMEOUT_S, desk.close)
+    times.take(state, f"{door} close", 0.0, desk.close)
 
 
 def at_once(times: Times, limit_s: float, runs: Sequence[Callable[[], None]]) -> None:
@@ -169,13 +183,13 @@ def dead(daemon: Daemon) -> Iterator[None]:
     daemon.start()
 
 
-def halted(daemon: Daemon, times: Times, threads: int, many: int) -> None:
+def halted(daemon: Daemon, times: Times, sizes: Sizes) -> None:
     """All calls of all doors while the daemon is stopped, then while it is dead."""
     for state, manner in (("stopped", daemon.suspended), ("dead", lambda: dead(daemon))):
         desks = [
-            (door, Desk(daemon, door, f"{door} {at}", many))
+            (door, Desk(daemon, door, f"{door} {at}", sizes))
             for door in DOORS
-            for at in range(threads)
+            for at in range(sizes.threads)
         ]
         for _, desk in desks:
             desk.stock()
@@ -184,13 +198,11 @@ def halted(daemon: Daemon, times: Times, threads: int, many: int) -> None:
             at_once(times, LIMIT_S, runs)
 
 
-def restarting(
-    daemon: Daemon, times: Times, threads: int, many: int, *, seconds: float, seed: int
-) -> None:
+def restarting(daemon: Daemon, times: Times, sizes: Sizes, *, seconds: float, seed: int) -> None:
     """All calls again and again, while the daemon dies and starts at any moment."""
     rng = random.Random(seed)
-    every = [(door, at) for door in DOORS for at in range(threads)]
-    desks = {(door, at): Desk(daemon, door, f"again {door} {at}", many) for door, at in every}
+    every = [(door, at) for door in DOORS for at in range(sizes.threads)]
+    desks = {(door, at): Desk(daemon, door, f"again {door} {at}", sizes) for door, at in every}
     end = time.monotonic() + seconds
 
     def work(door: str, at: int) -> None:
@@ -222,20 +234,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="and clients, for each door")
     parser.add_argument("--many", type=int, default=65_536, help="keys of the largest request")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--timeout", type=float, default=TIMEOUT_S, help="of the clients")
+    parser.add_argument("--grace", type=float, default=GRACE_S)
     options = parser.parse_args()
-    figures = Figures(f"deadlines: timeout {TIMEOUT_S} s, {options.threads} clients for each door")
-    times = Times()
+    sizes = Sizes(options.timeout, options.grace, options.threads, options.many)
+    figures = Figures(f"deadlines: timeout {sizes.timeout_s} s, {sizes.threads} clients a door")
+    times = Times(sizes.grace_s)
     with Daemon() as daemon:
         daemon.start()
-        halted(daemon, times, options.threads, options.many)
-        restarting(
-            daemon,
-            times,
-            options.threads,
-            options.many,
-            seconds=options.seconds,
-            seed=options.seed,
-        )
+        halted(daemon, times, sizes)
+        restarting(daemon, times, sizes, seconds=options.seconds, seed=options.seed)
         if daemon.process is not None and daemon.process.poll() is None:
             daemon.kill()
     for state in STATES:
@@ -244,7 +252,7 @@ def main() -> None:
         figures.hold(
             f"latest beyond its deadline, {state}",
             " ".join([worst, *times.late[state][:20]]),
-            f"<= {GRACE_S * 1e3:.0f} ms",
+            f"<= {sizes.grace_s * 1e3:.0f} ms",
             not times.late[state],
         )
     figures.hold("other errors", " ".join(times.errors[:5]) or 0, "0", not times.errors)

@@ -208,7 +208,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     figures = Figures(f"deaths: {options.deaths:,} clients, seed {options.seed}")
-    with Daemon(dram={"size": "16 MiB"}) as daemon:
+    # Soon committed, so that the index has been opened when the first tenth is over.
+    with Daemon(dram={"size": "16 MiB"}, nvme={"sync_interval": "50 ms"}) as daemon:
         daemon.start()
         soak = Soak(daemon, options.seed)
         soak.run(options.deaths)

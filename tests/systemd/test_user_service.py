@@ -101,18 +101,6 @@ def test_a_killed_daemon_is_restarted_with_its_blocks_in_memory(installed: Insta
         assert got.tiers == {"dram": len(NAMES)}
 
 
-def test_a_daemon_whose_loop_stands_still_is_restarted(installed: Installed) -> None:
-    manager = installed.manager
-    manager.drop_in("watchdog", "WatchdogSec=2s")
-    manager.systemctl("daemon-reload")
-    manager.systemctl("restart", "kvstored")
-    before = installed.restarts()
-    os.kill(manager.main_pid(), signal.SIGSTOP)
-    installed.until_restarted(before)
-    assert installed.results()[-1].startswith("watchdog ")
-    installed.connected().close()
-
-
 def test_a_unit_changed_by_hand_is_kept(installed: Installed) -> None:
     manager = installed.manager
     before = manager.unit.read_text()
@@ -155,7 +143,18 @@ def test_a_wrong_configuration_is_not_tried_again(installed: Installed) -> None:
     assert done.returncode == 2
     assert "no_such_key" in done.stderr
     installed.config.write_text(installed.text)
-    manager.systemctl("start", "kvstored")
+
+
+def test_a_daemon_whose_loop_stands_still_is_restarted(installed: Installed) -> None:
+    manager = installed.manager
+    manager.drop_in("watchdog", "WatchdogSec=2s")
+    manager.systemctl("daemon-reload")
+    manager.systemctl("restart", "kvstored")
+    before = installed.restarts()
+    os.kill(manager.main_pid(), signal.SIGSTOP)
+    installed.until_restarted(before)
+    assert installed.results()[-1].startswith("watchdog ")
+    installed.connected().close()
 
 
 def test_an_uninstall_removes_the_unit_and_leaves_the_blocks(installed: Installed) -> None:
