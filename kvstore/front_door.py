@@ -18,14 +18,14 @@ import grpc
 import structlog
 
 from kvstore.errors import GRPC_STATUS, InternalError, InvalidRequest, KVStoreError, SessionLost
-from kvstore.hatch import FRAME_BYTES_MAX, LONG_VERBS, UNATTACHED_MAX
+from kvstore.hatch import FRAME_BYTES_MAX, UNATTACHED_MAX
 from kvstore.leases import Session
 from kvstore.peers import Peer
 from kvstore.processes import Processes
 from kvstore.protos import kvstore_pb2 as pb
 from kvstore.protos import kvstore_pb2_grpc as pb_grpc
 from kvstore.service import Service
-from kvstore.turns import Share
+from kvstore.turns import Share, may_be_long
 
 SESSION_ENTRY = "kvstore-session-bin"
 ERROR_ENTRY = "kvstore-error"
@@ -155,10 +155,12 @@ class FrontDoor:
                     else:
                         late.set_result(message)
 
-                await self._turn(attached, verb, request.ByteSize())
+                size = request.ByteSize()
+                await self._turn(attached, verb, size)
                 started = time.monotonic()
                 reply = self._service.handle(attached.session, verb, request, answer)
-                self._share.took(attached.session, started, time.monotonic())
+                long = may_be_long(verb, size)
+                self._share.took(attached.session, started, time.monotonic(), long=long)
                 self._loop.call_soon(self._service.settle)
                 if reply is None:
                     reply = await self._late(attached, verb, late)
@@ -195,8 +197,8 @@ class FrontDoor:
 
     async def _turn(self, attached: _Attached, verb: int, request_bytes: int) -> None:
         """Wait until the request may be carried out."""
-        long, bucket = verb in LONG_VERBS, attached.session.bucket
-        while pause_s := self._share.wait_s(attached.session, bucket, request_bytes, long=long):
+        long, bucket = may_be_long(verb, request_bytes), attached.session.bucket
+        while pause_s := self._share.wait_s(attached.session, bucket, long=long):
             await asyncio.sleep(pause_s)  # nobody tells: it is time that is due
             if attached.ended:
                 raise SessionLost("the session has ended: call Attach again")

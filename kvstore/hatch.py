@@ -31,7 +31,7 @@ from kvstore.peers import Peer
 from kvstore.processes import Processes
 from kvstore.protos import kvstore_pb2 as pb
 from kvstore.service import Service
-from kvstore.turns import TURN_S, Share
+from kvstore.turns import TURN_S, Share, may_be_long
 
 HEADER = struct.Struct("<IBBHI")
 AFTER_LENGTH = HEADER.size - 4
@@ -42,7 +42,7 @@ UNSENT_BYTES_MAX = 16 << 20  # a client that does not read its answers is cut of
 READ_BYTES = 256 << 10
 ATTACH_S = 10.0  # a connection that has not attached by then is closed
 UNATTACHED_MAX = 64  # connections beyond the number of sessions that may be
-LONG_VERBS = (pb.CLEAR, pb.VERIFY)  # they look at every block
+ENDING_S = 0.5  # for what a process had sent before it ended
 ACCEPT_AGAIN_S = 0.2  # after the system refused to give us a connection
 
 log = structlog.get_logger()
@@ -157,6 +157,7 @@ class Connection:
         self._more = False  # whether it holds requests that wait for their turn
         self._waiting = False  # for its turn; until then it is not read from
         self._muted = False  # the loop does not tell that it is readable
+        self._long = False  # whether a request of this turn may have taken long
         self._ending = False  # its process has ended
         self._unsent = bytearray()
         self._attach_timer = loop.call_later(ATTACH_S, self.close, "it did not attach")
@@ -196,6 +197,7 @@ class Connection:
         if self._socket is None:
             return
         self._ending = True  # what it had sent before still counts
+        self._loop.call_later(ENDING_S, self.close, "its process has ended")
         self._later()
 
     def _readable(self) -> None:
@@ -228,11 +230,11 @@ class Connection:
 
     def _turn(self) -> None:
         """Read, and carry out what there is: for TURN_S, and at least one request."""
-        started = time.monotonic()
+        started, self._long = time.monotonic(), False
         if self._more or self._receive():
             self._carry_out(started)
             self._hatch.busy_poll.served()
-        self._share.took(self, started, time.monotonic())
+        self._share.took(self, started, time.monotonic(), long=self._long)
 
     def _receive(self) -> bool:
         """Whether something came."""
@@ -277,11 +279,8 @@ class Connection:
 
     def _must_wait(self, verb: int, length: int, started: float | None) -> bool:
         """Whether the next request has to wait. It is arranged that its turn comes."""
-        if self._ending:
-            pause_s = 0.0
-        else:
-            long = verb in LONG_VERBS
-            pause_s = self._share.wait_s(self, self._bucket, length, long=long)
+        long = may_be_long(verb, length)
+        pause_s = 0.0 if self._ending else self._share.wait_s(self, self._bucket, long=long)
         if pause_s:
             self._waiting = True
             self._loop.call_later(pause_s, self._share.later, self._resume)
@@ -289,6 +288,7 @@ class Connection:
         if started is not None and time.monotonic() - started > TURN_S:
             self._later()
             return True
+        self._long = self._long or long
         return False
 
     def _request(self, verb: int, number: int, payload: bytes) -> None:

@@ -267,17 +267,19 @@ class Store:
         ]
         places = [page for page, _ in found.values()]
         seated = self.room.dram.adopt(places, entry.slot_bytes, rows)
-        self.room.orders.marks.update(pages)  # the record of whoever is not seated is wrong
         good: list[int] = []
+        wrong = set(pages)  # their records: nobody is seated there
         for row, (page, proof), ok in zip(rows, found.values(), seated, strict=True):
             assert catalog.dram[row] == NOWHERE and not flags[row] & READY
             if ok:
                 catalog.dram[row] = page
                 self._found(row, proof)
                 good.append(row)
+                wrong.remove(page)
             elif not flags[row]:
                 catalog.hide([row])
                 catalog.drop([row])
+        self.room.orders.marks |= wrong
         good.reverse()
         self.room.policy(DRAM, entry.slot_bytes).admit(good, now)
         self.placement.scrub.adopted(row for row in good if flags[row] & UNPROVEN)

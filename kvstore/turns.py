@@ -18,6 +18,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 
 from kvstore.limits import Bucket, Limits, cost
+from kvstore.protos import kvstore_pb2 as pb
 
 TURN_S = 0.0002
 ROUND_S = 0.0004
@@ -25,8 +26,14 @@ LONG_PART = 0.25
 LONG_S = 0.05  # of long requests at once, before they wait
 DEBT_S_MAX = 0.25
 CONTENDED_S = 0.05  # others count as being about for so long after a turn of theirs
-LARGE_BYTES = 8_192  # requests of this size may be long
+LARGE_BYTES = 8_192  # requests of this size may take long
+LONG_VERBS = (pb.CLEAR, pb.VERIFY)  # they look at every block
 PAUSE_S_MAX = 1.0  # then it is looked again, with the limits of that time
+
+
+def may_be_long(verb: int, request_bytes: int) -> bool:
+    """Whether a request may take much longer than others."""
+    return request_bytes >= LARGE_BYTES or verb in LONG_VERBS
 
 
 class Turns:
@@ -92,12 +99,12 @@ class Share:
             if queue:
                 self._loop.call_soon(self._round)
 
-    def took(self, who: object, started: float, now: float) -> None:
-        """A turn has ended."""
+    def took(self, who: object, started: float, now: float, *, long: bool = False) -> None:
+        """A turn has ended; `long` says that there was a request in it that may take long."""
         used = now - started
         self._spent += used
         self._turns.taken(who, now)
-        if used > TURN_S:
+        if long and used > TURN_S:
             self._debt = min(DEBT_S_MAX, self._owed(now) + used - TURN_S)
 
     def paid(self, bucket: Bucket, request_bytes: int) -> None:
@@ -106,10 +113,9 @@ class Share:
         bucket.left -= price
         self.bucket.left -= price
 
-    def wait_s(self, who: object, bucket: Bucket, request_bytes: int, *, long: bool) -> float:
-        """How long the next request has to wait, at most PAUSE_S_MAX; then ask again. `long` says
-        that it is one of those that take long whatever their size."""
-        if bucket.left >= 0 and self.bucket.left >= 0 and not long and request_bytes < LARGE_BYTES:
+    def wait_s(self, who: object, bucket: Bucket, *, long: bool) -> float:
+        """How long the next request has to wait, at most PAUSE_S_MAX; then ask again."""
+        if bucket.left >= 0 and self.bucket.left >= 0 and not long:
             return 0.0
         limits, now = self._limits(), time.monotonic()
         waits = {
@@ -117,7 +123,7 @@ class Share:
             "requests_per_s_tenant": self.bucket.wait_s(limits.requests_per_s_tenant, now),
             "long_requests": 0.0,
         }
-        if (long or request_bytes >= LARGE_BYTES) and self._turns.contended(who, now):
+        if long and self._turns.contended(who, now):
             waits["long_requests"] = max(0.0, self._owed(now) - LONG_S) / LONG_PART
         limit = max(waits, key=waits.__getitem__)
         if waits[limit]:

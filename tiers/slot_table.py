@@ -76,6 +76,7 @@ _SLAB = struct.Struct("<Q")
 _BODY = struct.Struct("<BBxxQQI4x16s64s8x")  # a record between its checksum and its sequence
 _SEQUENCE = struct.Struct("<Q")
 _SEQUENCE_AT = _SUM.size + _BODY.size
+_NAME_AT = 28  # where layout and hash begin in the body
 _SLOT_BYTES_MAX = (1 << 40) - 1
 _NO_RECORD = bytes(RECORD_BYTES)
 _RECORDS_PER_PAGE = ALIGNMENT // RECORD_BYTES
@@ -196,12 +197,21 @@ class SlotTable:
         checksum: int = 0,
         session: int = 0,
     ) -> None:
-        """Describe the slot at `offset`; ValueError when no slot begins there."""
+        """Describe the slot at `offset`; ValueError when no slot begins there.
+
+        Of a block that is said to be committed there already, the sequence stays as it is.
+        """
         if len(hash) > HASH_BYTES_MAX or len(layout) > LAYOUT_BYTES:
             raise ValueError(f"hash of {len(hash)} or layout of {len(layout)} bytes is too long")
         place = self._place(offset)
         body = _BODY.pack(state, len(hash), offset, checksum, session, layout, hash)
         sum = _SUM.pack(xxh3(body) & 0xFFFFFFFF)
+        start = place + _SUM.size
+        if state == COMMITTED and self._map[start : start + 2] == body[:2]:
+            named = slice(start + _NAME_AT, place + _SEQUENCE_AT)
+            if self._map[named] == body[_NAME_AT:]:
+                self._map[place : place + _SEQUENCE_AT] = sum + body
+                return
         self._map[place : place + RECORD_BYTES] = sum + body + _SEQUENCE.pack(sequence)
 
     def write_writing(self, slots: Iterable[tuple[int, int, bytes]]) -> None:

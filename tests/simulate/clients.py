@@ -317,6 +317,11 @@ class Client(Program):
             self.world.marks["verified"] += 1
             self.world.marks["verify found damage"] += reply.damaged > 0
 
+    def _drain(self, connection: Connection) -> Script:
+        reply = yield from self._call(connection, pb.DRAIN, pb.DrainRequest(), (), 60.0)
+        if reply is not None:
+            self.world.marks["written out"] += reply.written
+
     def _names(self) -> tuple[int, list[Name], int]:
         """A layout, names in prefix order, and how many of them are context."""
         layout = self.world.next_layout()

@@ -11,7 +11,7 @@ import structlog
 from tests.simulate.world import World
 
 SEEDS = 200
-STEPS = 600
+STEPS = 500
 # Rare branches: all histories together must have been in each of them.
 MARKS = {
     "arena adopted",

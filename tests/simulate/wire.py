@@ -161,7 +161,9 @@ class Connection:
             self._attach(payload, take)
             return
         request = daemon.service._verbs[verb][1].FromString(payload)
-        wait_s = getattr(request, "deadline_s", 0.0) if verb != pb.VERIFY else float("inf")
+        wait_s = getattr(request, "deadline_s", 0.0)
+        if verb in (pb.VERIFY, pb.DRAIN):
+            wait_s = float("inf")
         asked = Asked(
             verb, request, names, take, world.moment(), world.clock.now + wait_s, daemon.stops
         )

@@ -44,7 +44,8 @@ OPERATIONS = {
     "retain": 0.7,
     "forget": 1.0,
     "clear": 0.1,
-    "verify": 0.2,
+    "verify": 0.4,
+    "drain": 0.2,
 }
 TROUBLES = {
     "kill_client": 3.0,
@@ -56,8 +57,8 @@ TROUBLES = {
     "stop_daemon": 1.0,
     "restart_daemon": 0.7,
     "cut_power": 1.0,
-    "break_drive": 2.0,
-    "mend_drive": 2.0,
+    "break_drive": 4.0,
+    "mend_drive": 3.0,
     "flip_bit": 1.0,
 }
 # Histories that keep to one matter meet its rare turns more often.
@@ -65,11 +66,14 @@ FOCUSES: tuple[tuple[dict[str, float], dict[str, float]], ...] = (
     ({}, {}),
     ({"put": 20.0}, {"kill_client": 10.0, "drain_session": 4.0, "cut_power": 0.2}),  # shards
     ({"get": 30.0, "prefetch": 6.0}, {"kill_daemon": 0.3, "cut_power": 0.3}),  # loads
-    ({"verify": 1.5}, {"break_drive": 8.0, "flip_bit": 4.0, "mend_drive": 6.0}),  # faults
+    (
+        {"verify": 2.0, "get": 20.0},
+        {"break_drive": 8.0, "flip_bit": 4.0, "mend_drive": 6.0},
+    ),  # faults
     ({"put": 16.0}, {"kill_daemon_at_work": 12.0, "kill_daemon": 5.0}),  # restarts
     ({}, {"cut_power": 12.0, "restart_daemon": 5.0}),  # power
 )
-SHARDS = 1
+SHARDS, FAULTS = 1, 3  # places above
 
 
 class Failure(AssertionError):
@@ -94,6 +98,8 @@ class World:
         self._operations = OPERATIONS | FOCUSES[self.focus][0]
         self._troubles = TROUBLES | FOCUSES[self.focus][1]
         self._trouble_share = chance.choice((0.0, 0.003, 0.01, 0.03))
+        if self.focus == FAULTS:
+            self._trouble_share = max(self._trouble_share, 0.01)
         self._pace_s = chance.choice((0.0003, 0.002, 0.03))
         self.layouts: list[Layout] = [layout_of(n) for n in range(chance.randint(1, len(SHAPES)))]
         self.ledger = Ledger(self.layouts)
@@ -304,7 +310,9 @@ class World:
     def _break_drive(self) -> None:
         drive, chance = self.machine.drive, self.chance
         if drive is not None:
-            kind = chance.choice(("errors", "errors", "silent", "hang", "full", "sync", "absent"))
+            kind = chance.choice(
+                ("errors", "errors", "silent", "silent", "hang", "full", "sync", "sync", "absent")
+            )
             drive.faults = Faults(
                 error=chance.choice((0.1, 0.5, 1.0)) * (kind == "errors"),
                 torn=0.3 * (kind == "silent"),
@@ -346,7 +354,7 @@ class World:
     def _start_daemon(self, generation: int) -> None:
         if generation != self.daemon.generation + 1:
             return
-        if self.chance.random() < 0.2:
+        if self.chance.random() < 0.4:
             self._spoil_arena()
         self.daemon = Daemon(self, self.machine, generation)
         if not self.ending and self.chance.random() < 0.1:
@@ -402,8 +410,8 @@ class World:
     def _make_machine(self) -> Machine:
         chance = self.chance
         slab_bytes = chance.choice((6, 8)) * SLOT_ALIGNMENT
-        nvme_bytes = chance.choice((0, 1, 2, 3, 4, 4, 6)) * slab_bytes
-        dram_bytes = chance.randint(1, 4) * slab_bytes
+        nvme_bytes = chance.choice((0, 1, 2, 4, 6, 8)) * slab_bytes
+        dram_bytes = chance.choice((1, 1, 2, 3, 4)) * slab_bytes
         config = PlacementConfig(
             dram_bytes=dram_bytes,
             nvme_bytes=nvme_bytes,
@@ -419,7 +427,7 @@ class World:
             config,
             Limits(leases_per_session=chance.choice((3, 30)), sessions=chance.choice((4, 8))),
             workers=chance.randint(1, 4),
-            sync_interval_s=chance.choice((0.003, 0.05, 1.0)),
+            sync_interval_s=chance.choice((0.003, 0.02, 0.2)),
             folder=self.folder,
             arena=Arena(dram_bytes, 0),
             drive=Drive(nvme_bytes, chance, self.marks) if nvme_bytes else None,

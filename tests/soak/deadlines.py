@@ -25,6 +25,7 @@ from tests.soak.figures import GRACE_S, Figures
 
 SIZE = 16 * KIB
 TIMEOUT_S = 0.4
+PATIENT_S = 30.0  # before it begins
 WAIT = 0.75  # deadline_s of the calls that take one, in timeouts: below, and the timeout counts
 LONGER = 1.75  # and above it
 ALIVE_S_MAX = 4.0  # of a daemon in the loop, its start included
@@ -52,7 +53,7 @@ class Desk:
         self._many = hashes(sizes.many, "many", size=64)
         self._path = daemon.socket(door)
         self._name = name
-        self.client: Client = connect(self._path, timeout_s=sizes.timeout_s)
+        self.client: Client = connect(self._path, timeout_s=PATIENT_S)
         self.cache: Cache = self.client.open(layout("deadlines", shard_bytes=SIZE))
         self._keys = hashes(6, "kept")
         self._blocks = contents(self._keys, SIZE)
@@ -68,6 +69,10 @@ class Desk:
             self.grants.append(self.cache.acquire(self._keys))
         for _ in range(3):
             self.reservations.append(self.cache.reserve(self._fresh()))
+
+    def hurry(self) -> None:
+        """From now on the timeout is that of the run; until now it was there to be prepared."""
+        self.client.timeout_s = self._timeout_s
 
     def _fresh(self) -> list[bytes]:
         self._number += 1
@@ -193,6 +198,7 @@ def halted(daemon: Daemon, times: Times, sizes: Sizes) -> None:
         ]
         for _, desk in desks:
             desk.stock()
+            desk.hurry()
         runs = [functools.partial(all_calls, times, state, desk, door) for door, desk in desks]
         with manner():
             at_once(times, LIMIT_S, runs)
@@ -207,6 +213,7 @@ def restarting(daemon: Daemon, times: Times, sizes: Sizes, *, seconds: float, se
 
     def work(door: str, at: int) -> None:
         desk = desks[door, at]
+        desk.hurry()
         while time.monotonic() < end:
             for name, (deadline_s, call) in desk.calls().items():
                 times.take("restarting", f"{door} {name}", deadline_s, call)

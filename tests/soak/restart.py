@@ -13,10 +13,12 @@ import argparse
 import contextlib
 import datetime
 import json
+import os
 import random
 import statistics
 import struct
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -55,6 +57,12 @@ def fill(daemon: Daemon, count: int, size: int) -> None:
     say(f"filled: {stats.tiers.dram.blocks:,} blocks in DRAM, {stats.tiers.nvme.blocks:,} on NVMe")
 
 
+def processor_s(pid: int) -> float:
+    """What a process and its children that have ended have used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
 def first_hit(daemon: Daemon, number: int, size: int) -> dict[str, float]:
     """Start the daemon and get one block; seconds from the start to the end of each phase."""
     key, into = key_of(number), np.zeros(size, np.uint8)
@@ -75,6 +83,7 @@ def first_hit(daemon: Daemon, number: int, size: int) -> dict[str, float]:
         cache = client.open(layout("restart", shard_bytes=size))
         got = cache.get([key], [into])
         phases["first hit"] = time.monotonic() - started
+        phases["processor time of the daemon until then"] = processor_s(process.pid)
         assert got.length == 1 and got.tiers["dram"] == 1, got
         assert np.array_equal(into, right), "wrong bytes"
     wait_for(lambda: '"ready"' in daemon.log()[begun:], "the daemon to be ready")

@@ -399,3 +399,16 @@ def test_touched_slots_are_the_youngest(table: SlotTable, path: Path) -> None:
     assert not damaged
     order = sorted(found, key=lambda one: one.sequence)
     assert [one.offset for one in order] == [places[at] for at in (1, 2, 4, 3, 0)]
+
+
+def test_a_checksum_that_follows_leaves_the_order_alone(table: SlotTable, path: Path) -> None:
+    """It comes in the order in which the background takes it, which tells nothing of use."""
+    table.assign(0, ALIGNMENT)
+    table.write(0, COMMITTED, layout=LAYOUT, hash=b"12345678", sequence=5)
+    table.write(0, COMMITTED, layout=LAYOUT, hash=b"12345678", sequence=9, checksum=1)
+    table.write(ALIGNMENT, COMMITTED, layout=LAYOUT, hash=b"12345678", sequence=6)
+    table.write(ALIGNMENT, COMMITTED, layout=LAYOUT, hash=b"12345679", sequence=7)
+    table.write(2 * ALIGNMENT, WRITING, layout=LAYOUT, hash=b"12345678", sequence=1)
+    table.write(2 * ALIGNMENT, COMMITTED, layout=LAYOUT, hash=b"12345678", sequence=8)
+    found, _ = reopened(path)
+    assert [(one.sequence, one.checksum) for one in found] == [(5, 1), (7, 0), (8, 0)]
