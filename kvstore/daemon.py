@@ -131,8 +131,8 @@ class Daemon:
         log.info("stopping")
         beat.cancel()
         await asyncio.to_thread(self._stop_scrapes)
-        for tenant in self._tenants.values():
-            await tenant.stop(self._config.daemon.drain_timeout)
+        drain_s = self._config.daemon.drain_timeout
+        await asyncio.gather(*(tenant.stop(drain_s) for tenant in self._tenants.values()))
         log.info("stopped")
 
     async def _beat(self) -> None:
@@ -140,7 +140,7 @@ class Daemon:
         interval = watchdog_interval_s()
         told = 0.0
         while True:
-            await asyncio.sleep(min(TICK_S, interval or TICK_S))
+            await asyncio.sleep(min(TICK_S, (interval or TICK_S) / 2))
             for tenant in self._tenants.values():
                 tenant.tick()
             if interval is not None and time.monotonic() - told >= interval:

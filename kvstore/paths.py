@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kvstore.errors import InvalidConfig
 
+SYSTEM_RUN_DIR = Path("/run/kvstore")
 HATCH = "kvstore.sock"
 FRONT_DOOR = "grpc.sock"
 SOCKET_PATH_BYTES_MAX = 107  # sun_path of Linux, less its closing zero
@@ -23,8 +24,8 @@ def _system(path: str) -> bool:
 
 def run_dir() -> Path:
     """The folder of sockets: the system's /run/kvstore, else under $XDG_RUNTIME_DIR."""
-    if _system("/run/kvstore"):
-        return Path("/run/kvstore")
+    if _system(os.fspath(SYSTEM_RUN_DIR)):
+        return SYSTEM_RUN_DIR
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     return Path(runtime) / "kvstore" if runtime else Path(f"/tmp/kvstore-{os.geteuid()}")
 
@@ -44,8 +45,11 @@ def shm_dir() -> Path:
 
 
 def socket_path(tenant: str = "default", *, root: Path | None = None, door: str = HATCH) -> Path:
-    """The socket of a tenant."""
-    return (root or run_dir()) / tenant / door
+    """The socket of a tenant: below `root`, or where it is when nobody says, which is the system's
+    daemon where the user runs none."""
+    own = (root or run_dir()) / tenant / door
+    system = SYSTEM_RUN_DIR / tenant / door
+    return system if root is None and not own.exists() and system.exists() else own
 
 
 def check_socket_path(path: Path) -> None:

@@ -170,7 +170,7 @@ class Placement:
             for block in reversed(blocks):
                 if not flags[block] & TWICE:
                     flags[block] |= TWICE
-                    if flags[block] & (READY | STORED) == READY:
+                    if flags[block] & (READY | STORED) == READY and self.health.ok:
                         self._backlog.append(block)
 
     def unwrite(self, blocks: Sequence[int]) -> None:

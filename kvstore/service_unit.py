@@ -29,7 +29,7 @@ USER = "kvstore"  # of the system's service, and its group
 ETC = Path("/etc")
 HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # the sandbox shows empty ones
 MADE = ("/run/kvstore", "/var/lib/kvstore", "/dev/shm/kvstore")  # by systemd, at each start or boot
-CLOSE_S = 20  # closing movers and index after a drain, for each tenant
+CLOSE_S = 20  # closing movers and index after a drain
 COMMAND_S = 60.0  # of systemctl and its like; starting and stopping take what the unit allows
 EMPTY = """\
 # The configuration of kvstored. All that is not set has its default: `kvstored --check-config`
@@ -102,7 +102,7 @@ def render(place: Place, file: Path | None = None, *, gpu: bool = False) -> str:
     """The unit for this host. `file`: the configuration; not given and not there: the defaults."""
     file = (file or place.config).absolute()
     tree = config.load(file if file.exists() or file != place.config else None, {})
-    stop_s = len(tree.tenants) * (tree.daemon.drain_timeout + CLOSE_S)
+    stop_s = tree.daemon.drain_timeout + CLOSE_S
     text = _template("kvstored.user.service" if place.user else UNIT)
     text = text.replace("@EXEC@", _command_line(file)).replace("@STOP_S@", f"{stop_s:.0f}")
     if place.user:

@@ -295,6 +295,11 @@ def _gid(group: str) -> int | None:
 def _make_folder(path: Path, mode: int, gid: int | None) -> None:
     try:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if os.stat(path.parent).st_uid not in (0, os.geteuid()):
+            raise InvalidConfig(
+                f"folder {path.parent} belongs to another user, who could put other files in the "
+                "place of ours: give it to the daemon's user, or choose another one"
+            )
         path.mkdir(mode=mode, exist_ok=True)
         os.chown(path, -1, os.getegid() if gid is None else gid)  # also of one there before
         os.chmod(path, mode)

@@ -51,12 +51,12 @@ class Kind:
 
 
 KINDS = (
-    Kind("blocks", (BLOCKS,), (150,), 0.40),
-    Kind("header", (BLOCKS,), (1, 2), 0.0005),
-    Kind("index", (INDEX,), (1, 2, 10), 0.005),
-    Kind("arena", (ARENA,), (150,), 0.30),
-    Kind("table", (SLOT_TABLE,), (1, 3, 30, 300), 0.15),
-    Kind("notes", (NOTES,), (1, 2), 0.0005),
+    Kind("blocks", (BLOCKS,), (40, 600), 0.40),
+    Kind("header", (BLOCKS,), (1, 2), 0.0002),
+    Kind("index", (INDEX,), (1, 2, 10), 0.002),
+    Kind("arena", (ARENA,), (40, 600), 0.30),
+    Kind("table", (SLOT_TABLE,), (1, 3, 30, 800), 0.15),
+    Kind("notes", (NOTES,), (1, 2), 0.0002),
 )
 # What is left of all flips goes into the index, one by one.
 

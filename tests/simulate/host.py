@@ -172,7 +172,7 @@ class Daemon:
     def quiet(self) -> bool:
         """Whether nothing is under way or waited for."""
         placement = self.store.placement
-        waiting = self.service._reads or self.service._parking or self.service._drains
+        waiting = self.service._reads or self.service._parking or self.service._drains._runs
         return not (
             placement.spills
             or placement.loads

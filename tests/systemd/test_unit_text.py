@@ -89,7 +89,7 @@ def test_the_unit_follows_the_configuration(tmp_path: Path) -> None:
     assert {f"ReadWritePaths={drive}", f"RequiresMountsFor={drive}"} <= set(lines)
     assert "ReadWritePaths=/var/lib/kvstore" not in lines
     assert "SupplementaryGroups=daemon" in lines
-    assert "TimeoutStopSec=280s" in lines  # two tenants, each drained and closed
+    assert "TimeoutStopSec=140s" in lines
     own = service_unit.render(OWN, file)
     assert "ReadWritePaths=" not in own
     assert "SupplementaryGroups=" not in own
