@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: soak-faults soak-power soak-flips setup demo test bench proto clean
+.PHONY: soak-kill soak-reboot soak-linear soak-restart soak-deaths soak-deadlines soak-faults soak-power soak-flips soak-simulate setup demo test bench proto clean
 
 setup: $(VENV)/ready
 
@@ -34,6 +34,38 @@ soak-power: setup
 # 100,000 bits flip in files and arena.
 soak-flips: setup
 	$(RUN) -m tests.faults.flips
+
+# Histories of the whole daemon from seeds, with a simulated clock; 5,000 take about ten minutes.
+SEED ?= 0
+SEEDS ?= 5000
+STEPS ?= 500
+soak-simulate: setup
+	$(RUN) -m tests.simulate --seed $(SEED) --seeds $(SEEDS) --steps $(STEPS)
+
+# kill -9 of everybody under load, every byte checked.
+ROUNDS ?= 1000
+soak-kill: setup
+	$(RUN) -m tests.soak.kill --rounds $(ROUNDS)
+
+# The same with the arena removed at each kill.
+soak-reboot: setup
+	$(RUN) -m tests.soak.kill --rounds $(ROUNDS) --reboot
+
+# Is there an order that explains what 16 threads saw?
+soak-linear: setup
+	$(RUN) -m tests.soak.linear
+
+# From the start of the daemon to the first hit, with 8 GiB of blocks in memory.
+soak-restart: setup
+	$(RUN) -m tests.soak.restart
+
+# 10,000 clients die; what they held is free, and the daemon has not grown.
+soak-deaths: setup
+	$(RUN) -m tests.soak.deaths
+
+# No call outlasts its deadline while the daemon is stopped, dead, or starts again and again.
+soak-deadlines: setup
+	$(RUN) -m tests.soak.deadlines
 
 # The oldest generator on purpose: its output loads under every newer protobuf runtime.
 proto: setup

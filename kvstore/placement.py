@@ -204,6 +204,11 @@ class Placement:
             due = dict.fromkeys(self._backlog)
             self._backlog = deque(b for b in due if flags[b] & (READY | STORED) == READY)
 
+    @property
+    def room_will_come(self) -> bool:
+        """Whether moves are under way that keep blocks in DRAM until they end."""
+        return self.spills > 0 or self.scrub.lazy > 0
+
     def due(self) -> int:
         """Spills under way or waiting, at most: some may turn out to be needless."""
         return self.spills + len(self._backlog)

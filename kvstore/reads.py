@@ -72,7 +72,7 @@ class Reads:
         lease.tiers = self._tiers(blocks) if seen & FRESH else b"\1" * len(blocks)
         lease.enough = min(enough or len(blocks), len(blocks))
         session.leases[lease.number] = lease
-        if patient and lease.stop == NO_ROOM and not blocks and self.placement.spills:
+        if patient and lease.stop == NO_ROOM and not blocks and self.placement.room_will_come:
             lease.answered = lease.parked = True
             del session.leases[lease.number]
         elif lease.ready >= lease.enough:

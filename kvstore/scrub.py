@@ -25,7 +25,8 @@ class Scrub:
     def __init__(self, room: Room) -> None:
         self.room = room
         self._in_flight: Counter[int] = Counter()  # moves of each block
-        self._lazy = 0  # of them, those that nobody waits for
+        self.lazy = 0  # of them, those that nobody waits for
+        self._left = 0  # bytes of blocks without a checksum that may be read before the next tick
         self._unproven: deque[int] = deque()
         self._unsummed: deque[int] = deque()
         self._demanded: set[int] = set()
@@ -45,25 +46,26 @@ class Scrub:
             self._order(MoveKind.PROVE, block)
 
     def go_on(self) -> None:
-        """Order checks of adopted blocks, a few at a time."""
-        flags = self.room.catalog.flags
-        while self._unproven and self._lazy < IN_FLIGHT_MAX:
+        """Order checks, a few at a time: what is read cannot leave meanwhile."""
+        catalog, flags = self.room.catalog, self.room.catalog.flags
+        while self._unproven and self.lazy < IN_FLIGHT_MAX:
             block = self._unproven.popleft()
             if flags[block] & UNPROVEN and block not in self._demanded:
                 self._order(MoveKind.SUM, block)
+        while self._unsummed and self._left > 0 and self.lazy < IN_FLIGHT_MAX:
+            block = self._unsummed.popleft()
+            wanted = flags[block] & (READY | STORED | SPILLING | UNPROVEN) == READY
+            if wanted and catalog.sums[block] is None and not self.count(block):
+                self._left -= catalog.entry(block).slot_bytes
+                self._order(MoveKind.SUM, block)
 
     def tick(self) -> None:
-        """Time has passed: take the checksums of some blocks that have none."""
-        catalog, left = self.room.catalog, TICK_BYTES
-        while self._unsummed and left > 0 and not self._unproven:
-            block = self._unsummed.popleft()
-            flags = catalog.flags[block]
-            wanted = flags & (READY | STORED | SPILLING | UNPROVEN) == READY
-            if wanted and catalog.sums[block] is None and not self.count(block):
-                left -= catalog.entry(block).slot_bytes
-                self._order(MoveKind.SUM, block)
+        """Time has passed: so many bytes more may be read."""
+        self._left = TICK_BYTES
+        self.go_on()
         if len(self._unsummed) > 2 * self.room.resident(DRAM) + 1_024:
-            self._unsummed = deque(dict.fromkeys(b for b in self._unsummed if catalog.keys[b]))
+            keys = self.room.catalog.keys
+            self._unsummed = deque(dict.fromkeys(b for b in self._unsummed if keys[b]))
 
     def finished(self, move: Move, outcome: Outcome) -> None:
         """A check has ended."""
@@ -72,7 +74,7 @@ class Scrub:
         if not self._in_flight[block]:
             del self._in_flight[block]
         if move.kind is MoveKind.SUM:
-            self._lazy -= 1
+            self.lazy -= 1
         else:
             self._demanded.discard(block)
         if outcome is Outcome.CORRUPT and not catalog.flags[block] & DOOMED:
@@ -105,6 +107,6 @@ class Scrub:
 
     def _order(self, kind: MoveKind, block: int) -> None:
         self._in_flight[block] += 1
-        self._lazy += kind is MoveKind.SUM
+        self.lazy += kind is MoveKind.SUM
         self.room.catalog.pins[block] += 1
         self.room.order(kind, block)

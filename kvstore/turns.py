@@ -26,6 +26,7 @@ LONG_PART = 0.25
 LONG_S = 0.05  # of long requests at once, before they wait
 DEBT_S_MAX = 0.25
 CONTENDED_S = 0.05  # others count as being about for so long after a turn of theirs
+LONG_TURN_S = 0.002  # a turn of this length was a long one, whatever was in it
 LARGE_BYTES = 8_192  # requests of this size may take long
 LONG_VERBS = (pb.CLEAR, pb.VERIFY)  # they look at every block
 PAUSE_S_MAX = 1.0  # then it is looked again, with the limits of that time
@@ -104,7 +105,7 @@ class Share:
         used = now - started
         self._spent += used
         self._turns.taken(who, now)
-        if long and used > TURN_S:
+        if used > (TURN_S if long else LONG_TURN_S):
             self._debt = min(DEBT_S_MAX, self._owed(now) + used - TURN_S)
 
     def paid(self, bucket: Bucket, request_bytes: int) -> None:

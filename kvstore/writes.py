@@ -102,7 +102,7 @@ class Writes:
             flags[block] |= WRITING
             self.catalog.writers[block] = writer
         self._unrow(blocks[got:])
-        waiting = bool(fresh) and not got and not claimed and self.placement.spills > 0
+        waiting = bool(fresh) and not got and not claimed and self.placement.room_will_come
         granted = blocks[:got]
         if shard is not None:
             self._claim(granted, shard)

@@ -141,7 +141,7 @@ class Desk:
         wanted = None if key is None else keys(key)[0]
         move = next(m for m in self.moves if kind in (None, m.kind) and wanted in (None, m.key))
         self.moves.remove(move)
-        if move.kind is MoveKind.SPILL:
+        if move.kind in (MoveKind.SPILL, MoveKind.SUM, MoveKind.PROVE):
             move.sums = b"sums of %s" % move.key
         self.store.finished(move, outcome, self.now)
         self.look()

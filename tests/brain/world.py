@@ -164,7 +164,7 @@ class World(Books):
                  and before[key] == b"\1"]  # fmt: skip
         self._check_head(entry, head, nvme)
         if reserved.waiting:
-            assert self.store.placement.spills and not news
+            assert self.store.placement.room_will_come and not news
             self.marks["reserve waits"] += 1
         if REFUSED in reserved.status:
             self.marks["refused"] += 1

@@ -42,7 +42,7 @@ def _served(cache: Cache) -> None:
 @pytest.fixture(scope="module")
 def bounded() -> Iterator[Daemon]:
     """A daemon of which one client may hold a half, and all together seven eighths."""
-    parts = {"bytes_per_session": "50%", "bytes_per_tenant": "87.5%"}
+    parts: dict[str, object] = {"bytes_per_session": "50%", "bytes_per_tenant": "87.5%"}
     with Daemon(dram={"size": "8 MiB"}, nvme={"size": "0"}, limits=parts) as daemon:
         yield daemon.start()
 
@@ -160,7 +160,7 @@ def test_a_process_that_ends_while_it_has_to_wait(make_daemon: MakeDaemon) -> No
             frames = b""
             reserved = pb.ReserveRequest(keys=packed(number, KEYS)).SerializeToString()
             frames += HEADER.pack(8 + len(reserved), pb.RESERVE, 0, 0, 1) + reserved
-            frames += HEADER.pack(8, pb.STATS, 0, 0, 2) * 200
+            frames += HEADER.pack(8, pb.STATS, 0, 0, 0) * 400
             raw.socket.sendall(frames)
             raw.receive()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -264,7 +264,7 @@ def test_a_thousand_idle_connections(pair: Daemon, honest: Cache) -> None:
         for _ in range(IDLE):
             idle.enter_context(RawHatch(pair.socket("hatch", "hostile"))).attach()
         _served(honest)
-        assert len(list(folder.iterdir())) - before == 2 * IDLE
+        assert 2 * IDLE <= len(list(folder.iterdir())) <= before + 2 * IDLE + 8
     wait_for(lambda: len(list(folder.iterdir())) <= before + 4, "the descriptors to be given back")
 
 

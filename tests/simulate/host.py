@@ -191,6 +191,9 @@ class Daemon:
     def _tick(self) -> None:
         self.process.call_later(TICK_S, self._tick)
         self.service.tick()
+        if self.workers.hangs_s() > self.machine.placement.hang_s + 2 * TICK_S:
+            self.world.marks["hangs"] += 1
+            assert not self.store.placement.health.ok, "the drive hangs, and is not fenced"
 
     def _unquarantine(self, blocks: list[int]) -> None:
         self.world.marks["quarantine ended"] += 1

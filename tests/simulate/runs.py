@@ -32,11 +32,14 @@ MARKS = {
     "durable blocks found again",
     "fenced",
     "grant given back",
+    "hangs",
+    "helped",
     "hit in dram",
     "hit on nvme",
     "index adopted",
     "index commit failed",
     "kill_client",
+    "joined",
     "kill_daemon",
     "move ended after its daemon",
     "move hangs",
@@ -47,6 +50,7 @@ MARKS = {
     "read error",
     "reconnected",
     "restart_daemon",
+    "settled",
     "slots in writing adopted",
     "stop_client",
     "stop_daemon",
@@ -65,6 +69,7 @@ MARKS = {
     "write lost with the power",
     "write torn with the power",
     "written after death",
+    "written out",
 }
 
 

@@ -37,6 +37,8 @@ class Workers:
         threads: int,
     ) -> None:
         self.under_way: list[Move] = []  # taken up, not carried out yet
+        self._done: list[Move] = []  # carried out, not reported yet
+        self._ended_at = 0.0
         self.seconds = 0.002  # that a move takes, about
         self._arena = arena
         self._drive = drive
@@ -53,6 +55,8 @@ class Workers:
 
     def submit(self, moves: Sequence[Move]) -> None:
         """See Mover.submit."""
+        if not self._device_works():
+            self._ended_at = self._process.time()
         for move in moves:
             move.seconds = self._process.time()
             self._queues[move.kind].append(move)
@@ -65,6 +69,15 @@ class Workers:
     def busy(self) -> bool:
         """Whether any move has not been reported yet."""
         return len(self._idle) < self._workers or self.queued() > 0
+
+    def hangs_s(self) -> float:
+        """For how long the device has ended nothing, though something is to be done there."""
+        return self._process.time() - self._ended_at if self._device_works() else 0.0
+
+    def _device_works(self) -> bool:
+        waiting = (move for queue in self._queues for move in queue)
+        kinds = {move.kind for move in (*waiting, *self.under_way, *self._done)}
+        return bool(kinds - {*IN_MEMORY, MoveKind.PROBE})
 
     def die(self) -> None:
         """The process was killed: what the device has begun, it may still end."""
@@ -116,6 +129,7 @@ class Workers:
 
     def _end(self, move: Move, worker: int) -> None:
         self.under_way.remove(move)
+        self._done.append(move)
         outcome, problem = self._carry_out(move)
         move.seconds = self._process.time() - move.seconds
         seconds = self._chance.uniform(0.0, 0.0005)
@@ -124,6 +138,9 @@ class Workers:
     def _tell(self, move: Move, worker: int, outcome: Outcome, problem: str) -> None:
         self._idle.append(worker)
         self._lazy_running -= move.kind in LAZY
+        self._done.remove(move)
+        if move.kind not in IN_MEMORY:
+            self._ended_at = self._process.time()
         self._report(move, outcome, problem)
         self._take_up()
 

@@ -311,7 +311,18 @@ class World:
         drive, chance = self.machine.drive, self.chance
         if drive is not None:
             kind = chance.choice(
-                ("errors", "errors", "silent", "silent", "hang", "full", "sync", "sync", "absent")
+                (
+                    "errors",
+                    "errors",
+                    "silent",
+                    "silent",
+                    "hang",
+                    "hang",
+                    "full",
+                    "sync",
+                    "sync",
+                    "absent",
+                )
             )
             drive.faults = Faults(
                 error=chance.choice((0.1, 0.5, 1.0)) * (kind == "errors"),

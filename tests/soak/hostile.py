@@ -31,6 +31,11 @@ IDLE = 1_000
 Attack = Callable[[str], None]
 
 
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
 def _burn(_: str) -> None:
     while True:
         sum(range(1_000))
@@ -134,7 +139,6 @@ def _p99_us(cache: Cache, keys: list[bytes], seconds: float) -> tuple[float, int
 
 def _attacks(daemon: Daemon, cache: Cache, keys: list[bytes], seconds: float, bar: float) -> int:
     path, over = str(daemon.socket("hatch", "hostile")), 0
-    print(f"{'attack':34} {'at rest':>9} {'beside it':>10} {'ratio':>6}  p99 in us, calls")
     for name, attack in ATTACKS.items():
         with _running(_burn, path):
             rest, rests = _p99_us(cache, keys, seconds)
@@ -142,12 +146,12 @@ def _attacks(daemon: Daemon, cache: Cache, keys: list[bytes], seconds: float, ba
             beside, calls = _p99_us(cache, keys, seconds)
         ratio = beside / rest
         over += ratio > bar
-        print(f"{name:34} {rest:9.0f} {beside:10.0f} {ratio:6.2f}  {rests} and {calls} calls")
+        _say(f"{name:34} {rest:9.0f} {beside:10.0f} {ratio:6.2f}  {rests} and {calls} calls")
         wait_for(lambda: daemon.stats("hostile").sessions == 1, "its sessions to end", 30.0)
     return over
 
 
-def _idle(daemon: Daemon, cache: Cache, keys: list[bytes], seconds: float, bar: float) -> int:
+def _idle(daemon: Daemon, cache: Cache, keys: list[bytes], seconds: float, bar: float) -> bool:
     """Connections that are sessions and do nothing; nobody burns meanwhile, nor before."""
     assert daemon.process is not None
     process = Path(f"/proc/{daemon.process.pid}")
@@ -163,8 +167,8 @@ def _idle(daemon: Daemon, cache: Cache, keys: list[bytes], seconds: float, bar: 
             held.enter_context(RawHatch(daemon.socket("hatch", "hostile"))).attach()
         beside, _ = _p99_us(cache, keys, seconds)
         files, memory = len(os.listdir(process / "fd")) - files, memory_kib() - memory
-    print(f"{f'{IDLE} idle connections':34} {rest:9.0f} {beside:10.0f} {beside / rest:6.2f}")
-    print(f"  each takes {files / IDLE:.1f} descriptors and {memory / IDLE:.1f} KiB of the daemon")
+    _say(f"{f'{IDLE} idle connections':34} {rest:9.0f} {beside:10.0f} {beside / rest:6.2f}")
+    _say(f"  each takes {files / IDLE:.1f} descriptors and {memory / IDLE:.1f} KiB of the daemon")
     return beside / rest > bar
 
 
@@ -183,10 +187,11 @@ def main() -> None:
         daemon.start()
         cache = daemon.client().open(layout("victim"))
         cache.put(keys, contents(keys, SIZE))
-        over = _attacks(daemon, cache, keys, options.seconds, options.bar)
-        over += _idle(daemon, cache, keys, options.seconds, options.bar)
-        print(f"limited: {dict(daemon.stats('hostile').limited)}")
-    print(f"{over} over the bar of {options.bar:g}")
+        _say(f"{'attack':34} {'at rest':>9} {'beside it':>10} {'ratio':>6}  p99 in us")
+        over = int(_idle(daemon, cache, keys, options.seconds, options.bar))
+        over += _attacks(daemon, cache, keys, options.seconds, options.bar)
+        _say(f"limited: {dict(daemon.stats('hostile').limited)}")
+    _say(f"{over} over the bar of {options.bar:g}")
     sys.exit(1 if over else 0)
 
 
