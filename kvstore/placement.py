@@ -69,6 +69,7 @@ class Placement:
         self._last_load_end: float | None = None
         self._loaded_bytes = 0  # by loads that ended in the same moment as the last
         self._backlog: deque[int] = deque()
+        self._again: list[int] = []  # could not be written; tried again at the next tick
         self.scrub = Scrub(self.room)
         self._checks = 0  # moves that read NVMe slots in order to check them
         self._moved_at = 0.0  # when a move last ended, or the first of those under way began
@@ -246,6 +247,9 @@ class Placement:
             self.counters.nvme.failed += 1
             self.health.fence(now)
             self._backlog.clear()
+        if self.health.ok:
+            self._backlog.extend(self._again)
+        self._again.clear()
         self.pump(now)
         self.scrub.tick()
 
@@ -339,8 +343,10 @@ class Placement:
             self.room.reap([block])
             return
         if outcome is not Outcome.DONE:
-            self.room.free(NVME, [block])
-            if outcome is Outcome.CORRUPT:  # what was to be written is not what was committed
+            self.room.free(NVME, [block], shunned=outcome is Outcome.FAILED)
+            if outcome is Outcome.FAILED:
+                self._again.append(block)
+            else:  # what was to be written is not what was committed
                 self.scrub.spoilt(block)
             return
         assert move.sums is not None

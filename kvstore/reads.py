@@ -131,6 +131,18 @@ class Reads:
                 self.placement.room.orders.answers.append(lease)
         self.placement.pump(now)
 
+    def give_up_loads(self) -> None:
+        """The device is fenced: who waits for it is answered with what is there."""
+        flags = self.catalog.flags
+        for block in [block for block in self._waiting if flags[block] & LOADING]:
+            for lease in self._waiting.pop(block, []):
+                if lease.answered:
+                    continue
+                self._shorten(lease, lease.blocks.index(block), FAILED)
+                if lease.ready >= lease.enough:
+                    self._answer(lease, lease.stop)
+                    self.placement.room.orders.answers.append(lease)
+
     def end(self, lease: ReadLease) -> None:
         lease.session.leases.pop(lease.number, None)
         for block in lease.blocks[lease.ready :]:
@@ -151,11 +163,11 @@ class Reads:
     ) -> None:
         """Lengthen a lease by blocks that are not in DRAM: order or join their loads."""
         flags, get = self.catalog.flags, lease.entry.index.get
-        stored = STORED if self.placement.health.ok else 0
+        stored = STORED | LOADING if self.placement.health.ok else 0
         chain: list[int] = []
         for key in keys[lease.ready :]:
             block = get(key)
-            if block is None or not flags[block] & (READY | LOADING | stored):
+            if block is None or not flags[block] & (READY | stored):
                 lease.stop = ABSENT
                 break
             if flags[block] & WRITING:

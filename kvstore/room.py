@@ -219,13 +219,13 @@ class Room:
             for block in blocks:
                 proofs.pop(block, None)
 
-    def free(self, tier: int, blocks: Sequence[int]) -> None:
-        """The slots of the blocks in a tier, where they have one, are free."""
+    def free(self, tier: int, blocks: Sequence[int], *, shunned: bool = False) -> None:
+        """The slots of the blocks in a tier, where they have one, are free; see Slots.give_back."""
         slots, column = self._tier(tier)
         pages = [column[block] for block in blocks if column[block] != NOWHERE]
         if not pages:
             return
-        slots.give_back(pages)
+        slots.give_back(pages, shunned=shunned)
         for block in blocks:
             column[block] = NOWHERE
         if tier == DRAM:

@@ -76,8 +76,9 @@ class Slots:
         self.used_bytes += len(taken) * slot_bytes
         return taken
 
-    def give_back(self, slots: Sequence[int]) -> None:
-        """The slots are free again."""
+    def give_back(self, slots: Sequence[int], *, shunned: bool = False) -> None:
+        """The slots are free again. Those that are `shunned` are taken after the others of their
+        slab: something is wrong with them."""
         sizes, owners, frees, slab_pages = self._size, self._owners, self._free, self.slab_pages
         freed = 0
         for slot in slots:
@@ -90,7 +91,7 @@ class Slots:
             freed += size
             if not free:
                 self._open[size][slab] = None
-            free.append(place)
+            free.insert(0 if shunned else len(free), place)
             if len(free) == len(seats):
                 self._unassign(slab)
         self.used_bytes -= freed

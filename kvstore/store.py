@@ -192,7 +192,10 @@ class Store:
 
     def finished(self, move: Move, outcome: Outcome, now: float) -> None:
         """A move has ended, `move.seconds` after it was ordered."""
+        was_ok = self.placement.health.ok
         self._reads.finished(move, outcome, now)
+        if was_ok and not self.placement.health.ok:
+            self._reads.give_up_loads()
 
     def digest(self, now: float) -> None:
         """Tell the policies of accesses since the last time; done after answering, never before."""
@@ -213,7 +216,10 @@ class Store:
         if self.placement.health.take_probe(now):
             self.room.orders.moves.append(Move(MoveKind.PROBE, 0, None, b"", 0, 0))
         self.room.retention.expire(now)
+        was_ok = self.placement.health.ok
         self.placement.tick(now)
+        if was_ok and not self.placement.health.ok:
+            self._reads.give_up_loads()
 
     def save_all(self, now: float) -> None:
         """The daemon is about to stop: queue every copy that is due."""

@@ -78,6 +78,7 @@ _SEQUENCE = struct.Struct("<Q")
 _SEQUENCE_AT = _SUM.size + _BODY.size
 _NAME_AT = 28  # where layout and hash begin in the body
 _SLOT_BYTES_MAX = (1 << 40) - 1
+_FEW = 16  # so many are faster one by one than all at once
 _NO_RECORD = bytes(RECORD_BYTES)
 _RECORDS_PER_PAGE = ALIGNMENT // RECORD_BYTES
 
@@ -225,6 +226,11 @@ class SlotTable:
 
     def touch(self, offsets: Sequence[int], sequence: int) -> None:
         """The committed slots at these offsets have just been used, the last of them last."""
+        if len(offsets) <= _FEW:
+            for number, offset in enumerate(offsets, sequence):
+                if self.slot_bytes[offset // self.slab_bytes]:
+                    _SEQUENCE.pack_into(self._map, self._place(offset) + _SEQUENCE_AT, number)
+            return
         at = np.asarray(offsets, np.int64)
         slabs, inside = np.divmod(at, self.slab_bytes)
         sizes = np.asarray(self.slot_bytes, np.int64)[slabs]

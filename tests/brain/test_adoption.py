@@ -142,7 +142,7 @@ def test_the_oldest_leaves_first() -> None:
 
 
 def test_a_block_that_is_proved_keeps_its_slot() -> None:
-    """Forgotten, and its slot wanted, while the background reads it: the slot is free afterwards."""
+    """Forgotten, and its slot wanted, while the background reads it: the slot is free later."""
     desk = Desk(dram=1, nvme=0)
     entry = desk.layout()
     slots = desk.store.room.dram.slab_pages

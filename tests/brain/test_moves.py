@@ -226,3 +226,41 @@ def test_verify_drops_what_is_damaged() -> None:
     assert desk.tiers(entry, 0, 1, 2) == [2, 0, 2]
     assert desk.counters.nvme.corrupt == 1 and desk.counters.nvme.evicted == {"corrupt": 1}
     desk.store.check()
+
+
+def test_a_copy_that_failed_is_tried_again_elsewhere() -> None:
+    """It was forgotten: the block was in memory alone for as long as it lived. The slot that could
+    not be written is not the next one to be tried."""
+    desk = Desk(dram=1, nvme=1)
+    entry = desk.layout()
+    desk.put(entry, 1, 2)
+    desk.finish(SPILL, key=2)
+    bad = desk.finish(SPILL, Outcome.FAILED, key=1).nvme
+    assert SPILL not in desk.kinds(), "not at once: the device may be about to fail"
+    desk.store.tick(desk.now)
+    desk.look()
+    assert desk.finish(SPILL).nvme != bad
+    assert desk.store.placement.due() == 0 and desk.counters.nvme.spilled == 2
+    desk.store.check()
+
+
+def test_who_waits_for_a_device_is_answered_when_it_is_fenced() -> None:
+    """It hangs: nothing ends. Who waits then, or asks later, gets a miss and does not wait."""
+    desk = stored_below()
+    entry = desk.layout()
+    lease = desk.acquire(entry, 0, 1)
+    assert not lease.answered
+    desk.now += 1.0
+    desk.store.tick(desk.now)
+    assert not lease.answered
+    desk.now += 60.0
+    desk.store.tick(desk.now)
+    desk.look()
+    assert lease.answered and (lease.ready, lease.stop) == (0, FAILED)
+    assert desk.answers == [lease] and not desk.store.placement.health.ok
+    again = desk.acquire(entry, 0, 1)
+    assert again.answered and again.stop == ABSENT
+    desk.finish(LOAD)
+    assert desk.store.placement.health.ok, "what hung has ended"
+    desk.finish_all()
+    assert desk.acquire(entry, 0).ready == 1

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvstore.tiers import slot_table
 from kvstore.tiers.base import ALIGNMENT
 from kvstore.tiers.slot_table import (
     COMMITTED,
@@ -388,7 +389,11 @@ def test_a_spoilt_table_is_not_adopted(table: SlotTable, path: Path) -> None:
 # --- The order of last uses
 
 
-def test_touched_slots_are_the_youngest(table: SlotTable, path: Path) -> None:
+@pytest.mark.parametrize("few", [0, 16])
+def test_touched_slots_are_the_youngest(
+    table: SlotTable, path: Path, monkeypatch: pytest.MonkeyPatch, few: int
+) -> None:
+    monkeypatch.setattr(slot_table, "_FEW", few)
     table.assign(0, ALIGNMENT)
     table.assign(3, 4 * ALIGNMENT)
     places = [0, ALIGNMENT, 2 * ALIGNMENT, 3 * SLAB, 3 * SLAB + 4 * ALIGNMENT]
