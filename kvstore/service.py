@@ -456,9 +456,12 @@ class Service:
         self.settle()
 
     def _carry_out(self) -> None:
-        """Carry out the store's orders until there are none."""
+        """Carry out the store's orders until there are none. Who waits for room is asked once: a
+        try that fails may free something by itself, and would be asked again for ever."""
+        asked = False
         while self.store.room.orders:
-            if self._carry_out_once():
+            if self._carry_out_once() and not asked:
+                asked = True
                 self._parking.retry()
 
     def _carry_out_once(self) -> bool:

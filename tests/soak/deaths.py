@@ -150,6 +150,7 @@ class Soak:
 
     def run(self, deaths: int) -> None:
         """All of them."""
+        self._touch_all()
         self._store_resident()
         tenth = max(BATCH, deaths // 10)
         for number in range(1, deaths + 1):
@@ -158,6 +159,23 @@ class Soak:
                 self._wait_until_free()
             if number % tenth == 0:
                 self._measure(number)
+
+    def _touch_all(self) -> None:
+        """Fill the arena once: its pages count as the daemon's from when it first reads them."""
+        count = self._daemon.stats().tiers.dram.capacity_bytes // SIZE
+        with connect(self._daemon.socket()) as client:
+            keys = hashes(count, "everywhere")
+            cache = client.open(layout("deaths", shard_bytes=SIZE))
+            assert cache.put(keys, contents(keys, SIZE)).stored == count
+            self._daemon_written()
+            client.clear()
+
+    def _daemon_written(self) -> None:
+        def written() -> bool:
+            moves = self._daemon.stats().moves
+            return not (moves.spills or moves.due)
+
+        wait_for(written, "every block to be read and written", 30.0)
 
     def _store_resident(self) -> None:
         with connect(self._daemon.socket()) as client:
