@@ -18,6 +18,7 @@ from kvstore.protos import kvstore_pb2 as pb
 from kvstore.protos import kvstore_pb2_grpc as pb_grpc
 
 SESSION_ENTRY = "kvstore-session-bin"
+AT_ONCE_BYTES = 64 << 10  # what a socket takes even when nobody reads
 ERROR_ENTRY = "kvstore-error"
 
 # After the deadline nobody can tell what these did; with the session all its leases end.
@@ -33,6 +34,7 @@ class FrontDoorWire:
         self.path = path
         self.pid = os.getpid()
         self.dead: str | None = None
+        self._stuck = False  # a request is half written, and closing would wait for it
         self._channel: Any = grpc.insecure_channel(
             f"unix:{path}", options=[("grpc.max_receive_message_length", 64 << 20)]
         )
@@ -46,7 +48,8 @@ class FrontDoorWire:
             self.dead = why
         if self._stream is not None:
             self._stream.cancel()
-        self._channel.close()
+        if not self._stuck:
+            self._channel.close()
 
     def call(self, verb: int, request: Any, reply: Any, deadline: float) -> Any:
         """See Wire.call."""
@@ -57,11 +60,29 @@ class FrontDoorWire:
                 return self._attach(request, deadline)
             method = getattr(self._stub, pb.Verb.Name(verb).capitalize())
             left = max(0.001, deadline - time.monotonic())
-            return method(request, timeout=left, metadata=self._metadata)
+            if request.ByteSize() <= AT_ONCE_BYTES:
+                return method(request, timeout=left, metadata=self._metadata)
+            return self._call_large(method, request, left)
         except grpc.RpcError as error:
             raise self._translate(verb, error) from None
         except ValueError:
             raise SessionLost(f"the connection to {self.path} has ended: {self.dead}") from None
+
+    def _call_large(self, method: Any, request: Any, left: float) -> Any:
+        """While a stopped daemon leaves a message half written, grpcio does not look at the
+        deadline: somebody else must."""
+        answer = method.future(request, timeout=left, metadata=self._metadata)
+        try:
+            return answer.result(timeout=left)
+        except grpc.FutureTimeoutError:
+            # Closing waits for the write as well.
+            self._stuck = True
+            self.close("a large request could not be sent in time")
+            threading.Thread(target=self._channel.close, daemon=True).start()
+            raise DeadlineExceeded(
+                f"the daemon at {self.path} took longer than the deadline to take a request: go on "
+                "without it"
+            ) from None
 
     def release(self, lease: int, deadline: float) -> bool:
         """See Wire.release; here the daemon says whether it held."""

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import functools
 import gc
+import importlib
 import json
 import logging
 import signal
@@ -101,8 +102,11 @@ class Daemon:
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT."""
+        gc.disable()  # until all is built: it would look at a growing heap again and again
         loop = asyncio.get_running_loop()
         stopping = asyncio.Event()
+        # It takes as long as adopting an arena, and beside it little more.
+        imports = loop.run_in_executor(None, importlib.import_module, "kvstore.front_door")
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopping.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
@@ -114,10 +118,11 @@ class Daemon:
             self._tenants[name] = Tenant(
                 name, self._config, self._generation, __version__, tell, busy_poll, turns
             )
-        for tenant in self._tenants.values():
-            await tenant.start()
-        self._serve_metrics(loop)
         _settle_memory()
+        door = (await imports).FrontDoor
+        await self._serve_metrics(loop)
+        for tenant in self._tenants.values():
+            await tenant.start(door)
         log.info(
             "ready",
             version=__version__,
@@ -155,10 +160,11 @@ class Daemon:
             version=__version__,
         )
 
-    def _serve_metrics(self, loop: asyncio.AbstractEventLoop) -> None:
+    async def _serve_metrics(self, loop: asyncio.AbstractEventLoop) -> None:
         address = self._config.metrics.address
         if address is None:
             return
+        exporter = await asyncio.to_thread(importlib.import_module, "kvstore.exporter")
 
         def fetch() -> dict[str, Any]:
             async def tell() -> bytes:
@@ -169,7 +175,7 @@ class Daemon:
             return tree
 
         try:
-            self._stop_scrapes = metrics.serve(address, fetch)
+            self._stop_scrapes = exporter.serve(address, fetch)
         except OSError as error:
             log.error(
                 "no metrics page: choose another metrics.listen",
@@ -198,6 +204,7 @@ def _settle_memory() -> None:
     loading them took beyond that goes back to the system."""
     gc.collect()
     gc.freeze()
+    gc.enable()
     with contextlib.suppress(OSError, AttributeError):  # not every C library has it
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -21,7 +21,7 @@ SMALL = {
     "linear": "--operations 150 --front 1",
     "restart": "--size 32MiB --times 1 --bar 20",
     "deaths": "--deaths 50",
-    "deadlines": "--seconds 1 --timeout 0.1 --grace 2 --many 1000",
+    "deadlines": "--seconds 1 --timeout 0.1 --grace 2 --many 8000",
 }
 
 

@@ -51,6 +51,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "disk",
             "drains",
             "hands",
+            "exporter",
             "metrics",
             "mover",
             "parking",
