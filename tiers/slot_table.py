@@ -50,13 +50,13 @@ Versions: 1, the first.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import mmap
 import os
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from xxhash import xxh3_64_intdigest as xxh3
@@ -83,9 +83,8 @@ _NO_RECORD = bytes(RECORD_BYTES)
 _RECORDS_PER_PAGE = ALIGNMENT // RECORD_BYTES
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class SlotRecord:
-    """One slot that is not empty."""
+class SlotRecord(NamedTuple):
+    """One slot that is not empty. A tuple, as tens of thousands are made at a start."""
 
     offset: int
     slot_bytes: int
