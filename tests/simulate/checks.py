@@ -26,7 +26,12 @@ class Checks:
         self._expected: list[Name] = []  # on NVMe
         self._expected_dram: set[Name] = set()
         self._may_return: set[Name] = set()  # although they were forgotten
+        self._step_began = 0
         self._fingerprints = {layout.fingerprint: n for n, layout in enumerate(world.layouts)}
+
+    def before_step(self) -> None:
+        """What happens from now on happens in this step."""
+        self._step_began = self.world.moment()
 
     def after_step(self) -> None:
         """Cheap ones each time, thorough ones now and then."""
@@ -124,7 +129,11 @@ class Checks:
             for record in self.world.daemon.table.records()
             if record.state == COMMITTED
         }
-        self._may_return |= found  # forgotten in the very moment of death
+        # What is forgotten in the very moment of death may be so in one place, and not in another.
+        self._may_return |= found
+        moment, names = self.world.ledger.last_forgotten
+        if moment > self._step_began:
+            self._may_return |= set(names)
         if self.world.daemon.started:
             self._expected_dram = found
             self._note_durable()

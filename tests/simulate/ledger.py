@@ -54,6 +54,7 @@ class Ledger:
     def __init__(self, layouts: Sequence[Layout]) -> None:
         self.layouts = layouts
         self.versions = 0
+        self.last_forgotten: tuple[int, list[Name]] = (0, [])
         self._known: dict[Name, dict[int, Version]] = {}
 
     def new_version(self) -> int:
@@ -67,7 +68,8 @@ class Ledger:
 
     def forgotten(self, names: Iterable[Name], moment: int) -> None:
         """The daemon has dropped what there is under these names."""
-        for name in names:
+        self.last_forgotten = moment, list(names)
+        for name in self.last_forgotten[1]:
             for version in self._known.get(name, {}).values():
                 version.died = min(version.died, moment)
 

@@ -192,6 +192,7 @@ class World:
         event = self.clock.next()
         assert event is not None, "nothing will ever happen again"
         self._note(event)
+        self.checks.before_step()
         self._mortal(event.callback, *event.args)
         self.checks.after_step()
         self.step += 1
