@@ -19,15 +19,15 @@ class Drains:
         self._runs: list[tuple[Callable[[Any], None], int]] = []
 
     def begin(self, answer: Callable[[Any], None], now: float) -> None:
-        """Queue every copy that is due; `answer` is called, later, when none is left."""
+        """Queue every copy that is due; `answer` is called, later, when none is left, or
+        none of those left finds a slot."""
         self._store.save_all(now)
-        self._store.placement.pump(now)
         self._runs.append((answer, self._store.counters.nvme.spilled))
-        self.go_on()
+        self.go_on(now)
 
-    def go_on(self) -> None:
+    def go_on(self, now: float) -> None:
         """Moves have ended, or time has passed."""
-        if self._runs and not self._store.placement.due():
+        if self._runs and self._store.placement.drained(now):
             runs, self._runs = self._runs, []
             spilled = self._store.counters.nvme.spilled
             for answer, before in runs:

@@ -27,6 +27,8 @@ from kvstore.scrub import Scrub
 from kvstore.slots import Slots
 from kvstore.types import DRAM, NVME
 
+DRAIN_TRIES = 16
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlacementConfig:
@@ -69,6 +71,7 @@ class Placement:
         self._last_load_end: float | None = None
         self._loaded_bytes = 0  # by loads that ended in the same moment as the last
         self._backlog: deque[int] = deque()
+        self._slotless = 0  # tries in a row that found no slot on NVMe
         self._again: list[int] = []  # could not be written; tried again at the next tick
         self.scrub = Scrub(self.room)
         self._checks = 0  # moves that read NVMe slots in order to check them
@@ -151,6 +154,7 @@ class Placement:
 
     def save_all(self, now: float) -> None:
         """Queue the copies of all that is in DRAM, coldest first."""
+        self._slotless = 0
         if self.health.ok:
             for policy in self.room.policies(DRAM):
                 self._backlog.extend(policy.victims(now))
@@ -199,7 +203,9 @@ class Placement:
                 return
             if not self._spill(block, now):
                 self._backlog.rotate(-1)  # no slot for it now; each try looks at many blocks
+                self._slotless += 1
                 return
+            self._slotless = 0
             self._backlog.popleft()
         if len(self._backlog) > 2 * self.room.resident(DRAM) + 1_024:
             due = dict.fromkeys(self._backlog)
@@ -209,6 +215,15 @@ class Placement:
     def room_will_come(self) -> bool:
         """Whether moves are under way that keep blocks in DRAM until they end."""
         return self.spills > 0 or self.scrub.lazy > 0
+
+    def drained(self, now: float) -> bool:
+        """Whether nothing more will be written: nothing is due, or none of it got a slot on NVMe
+        when it was tried last. Tries some of it."""
+        for _ in range(DRAIN_TRIES):
+            self.pump(now)
+            if self.spills or not self._backlog or self._slotless >= len(self._backlog):
+                break
+        return not self.spills and self._slotless >= len(self._backlog)
 
     def due(self) -> int:
         """Spills under way or waiting, at most: some may turn out to be needless."""

@@ -227,7 +227,7 @@ class Service:
             if move.kind is MoveKind.VERIFY:
                 self._verification.checked(move.block, outcome, now)
         self.settle()
-        self._drains.go_on()
+        self._drains.go_on(self._now())
 
     def tick(self) -> None:
         """Called about once a second."""
@@ -235,7 +235,7 @@ class Service:
         self.store.tick(self._now())
         self._tell_health(was_ok, "")
         self.settle()
-        self._drains.go_on()
+        self._drains.go_on(self._now())
 
     def idle(self) -> bool:
         """Whether nothing is under way: no spill left to be done, no load."""

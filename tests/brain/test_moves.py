@@ -264,3 +264,23 @@ def test_who_waits_for_a_device_is_answered_when_it_is_fenced() -> None:
     assert desk.store.placement.health.ok, "what hung has ended"
     desk.finish_all()
     assert desk.acquire(entry, 0).ready == 1
+
+
+def test_a_drain_ends_when_no_slot_is_to_be_had() -> None:
+    """Every slab of NVMe was full of retained blocks of another size: the drain waited for copies
+    that could never be made, and its caller with it."""
+    desk = Desk(dram=2, nvme=1)
+    small, large = desk.layout(), desk.layout(pages=2)
+    desk.put(small, 1, 2, 3, 4)
+    desk.finish_all()
+    desk.store.retain(small, keys(1, 2, 3, 4), 100, None)
+    desk.put(large, 5)
+    desk.store.save_all(desk.now)
+    assert desk.store.placement.drained(desk.now)
+    assert desk.store.placement.due() and desk.tiers(large, 5) == [1]
+    desk.store.forget(small, keys(1, 2, 3, 4))
+    desk.store.save_all(desk.now)
+    assert not desk.store.placement.drained(desk.now), "now it is copied"
+    desk.look()
+    desk.finish_all()
+    assert desk.store.placement.drained(desk.now) and desk.store.placement.due() == 0
