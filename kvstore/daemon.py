@@ -105,8 +105,6 @@ class Daemon:
         gc.disable()  # until all is built: it would look at a growing heap again and again
         loop = asyncio.get_running_loop()
         stopping = asyncio.Event()
-        # It takes as long as adopting an arena, and beside it little more.
-        imports = loop.run_in_executor(None, importlib.import_module, "kvstore.front_door")
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopping.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
@@ -119,10 +117,9 @@ class Daemon:
                 name, self._config, self._generation, __version__, tell, busy_poll, turns
             )
         _settle_memory()
-        door = (await imports).FrontDoor
         await self._serve_metrics(loop)
         for tenant in self._tenants.values():
-            await tenant.start(door)
+            await tenant.start()
         log.info(
             "ready",
             version=__version__,

@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import structlog
 
@@ -23,6 +22,7 @@ from kvstore.disk import Disk, DiskConfig, adopt
 from kvstore.errors import AlreadyRunning, InvalidConfig
 from kvstore.eviction.base import Policy
 from kvstore.eviction.lru import LRU
+from kvstore.front_door import FrontDoor
 from kvstore.hands import Door, Hands
 from kvstore.hatch import Hatch
 from kvstore.index import Index, Loaded
@@ -34,9 +34,6 @@ from kvstore.processes import Processes
 from kvstore.service import Service, ServiceInfo
 from kvstore.store import Store
 from kvstore.turns import Share, Turns
-
-if TYPE_CHECKING:
-    from kvstore.front_door import FrontDoor
 
 INDEX_CLOSE_S = 10.0
 POLICIES: dict[str, Callable[[], Policy]] = {"lru": LRU}
@@ -119,8 +116,8 @@ class Tenant:
         bounds = config.bounds(self._arena.capacity_bytes)
         return Store(placement, bounds, POLICIES[config.eviction.effective_policy])
 
-    async def start(self, front_door: type[FrontDoor]) -> None:
-        """Open the doors. The class comes from who has imported it: that takes long."""
+    async def start(self) -> None:
+        """Open the doors."""
         share = Share(
             self._loop, self._turns, lambda: self.store.limits, self.store.counters.limited
         )
@@ -132,7 +129,7 @@ class Tenant:
             busy_poll=self._busy_poll,
             share=share,
         )
-        self._front_door = front_door(
+        self._front_door = FrontDoor(
             self.service,
             self._processes,
             self._run_dir / paths.FRONT_DOOR,
