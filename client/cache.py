@@ -274,24 +274,18 @@ class Cache:
     def _fill(self, session: Session, reply: Any, sources: list[int], shard: int | None) -> None:
         """Copy into the slots that were reserved, and commit."""
         places = Places(session.arena, self.layout, reply.offsets)
-        session.begin_write()
+        reservation = Reservation(self.client, session, places, reply.lease, reply.status, shard)
         try:
             places.copy_in(sources, shard)
-        except BaseException:  # nobody could store these blocks while the lease lives
-            Reservation(self.client, session, places, reply.lease, reply.status, shard).abort()
-            raise
-        finally:
-            self.client.end_write(session)
-        commit = pb.CommitRequest(lease=reply.lease)
-        try:
-            done = session.transport.call(pb.COMMIT, commit, pb.CommitReply, self.client.deadline())
+            reservation.commit()
         except SessionLost:
-            done = None
-        if done is None or not done.held:
             raise Unavailable(
                 f"the connection to {self.client.path} has ended: what this call had not committed "
                 "is not stored"
-            )
+            ) from None
+        except BaseException:  # nobody could store these blocks while the lease lives
+            reservation.abort()
+            raise
 
     def _acquire(
         self,
