@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Protocol
+
+Victims = Generator[int, bool | None, None]
 
 
 class Policy(Protocol):
@@ -11,6 +14,7 @@ class Policy(Protocol):
 
     Keys are the small integers by which the catalog knows blocks. Lists of keys come in prefix
     order: each block follows the one that it depends on, so in one list the last is worth least.
+    A key keeps its meaning after it was forgotten, and may be admitted again, until it is dropped.
     """
 
     def admit(self, keys: Sequence[int], now: float) -> None:
@@ -19,14 +23,96 @@ class Policy(Protocol):
     def touch(self, keys: Sequence[int], now: float) -> None:
         """The keys were asked for again. Those not resident are passed over."""
 
+    def warm(self, keys: Sequence[int], now: float) -> None:
+        """Blocks that depend on these have come: the keys leave after them. They were not asked
+        for. Those not resident are passed over."""
+
+    def defer(self, keys: Sequence[int]) -> None:
+        """These were named and cannot leave yet: others are named before them for a while."""
+
     def forget(self, keys: Sequence[int]) -> None:
         """The keys have left, for whatever reason. Those not resident are passed over."""
 
-    def victims(self, now: float) -> Iterator[int]:
-        """Resident keys, least valuable first. Changes nothing; void after the next change."""
+    def drop(self, keys: Sequence[int]) -> None:
+        """Keys that are not resident mean nothing from now on; they may be given to other blocks.
+        Nothing may be remembered of them."""
+
+    def victims(self, now: float) -> Victims:
+        """Resident keys, least valuable first. Void after the next change of the policy.
+
+        Whoever looks sends True for a key that has to stay for now, and may then be spared what
+        that key depends on. Naming changes nothing that can be seen.
+        """
+
+    def residents(self) -> Iterator[int]:
+        """Every resident key once, roughly the least valuable first. Cheap, and changes nothing."""
 
     def __len__(self) -> int:
         """Resident keys."""
 
     def __contains__(self, key: int) -> bool:
         """Whether the key is resident."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Request:
+    """Blocks that were asked for, or offered, together.
+
+    chain   those that are known, resident or not, in prefix order from the prompt's start
+    fresh   how many blocks behind the chain were never heard of, or are long forgotten
+    now     seconds, of a clock that never goes back
+    reuse   "continue", "done" or "unknown": whether its sender expects to come back
+    tag     what its sender calls such requests: a class of its own ("" is one, too)
+    """
+
+    chain: Sequence[int]
+    fresh: int
+    now: float
+    reuse: str = "unknown"
+    tag: str = ""
+
+
+class Family(Protocol):
+    """The policies of one tenant, one for each tier and slot size, and what they learn together."""
+
+    def make(self, tier: int, capacity: int) -> Policy:
+        """A policy for a tier (a smaller number is faster) in which that many blocks have room."""
+
+    def asked(self, request: Request) -> None:
+        """Told once for each request, before its blocks are touched or admitted anywhere."""
+
+    def born(self, parent: int, keys: Sequence[int], request: Request | None) -> None:
+        """New keys, a chain behind `parent` (-1: none known), which `request` offered or missed."""
+
+    def drop(self, keys: Sequence[int]) -> None:
+        """As for Policy; told once for all."""
+
+    def chance(self, key: int, now: float, horizon_s: float) -> float:
+        """The estimated chance that a known key is asked for within that time: 1 where nothing is
+        estimated."""
+
+
+class Independent:
+    """A family of policies that share nothing. `make` is given the capacity in blocks."""
+
+    def __init__(self, make: Callable[[int], Policy]) -> None:
+        self._make = make
+        self._made: list[Policy] = []
+
+    def make(self, tier: int, capacity: int) -> Policy:
+        policy = self._make(max(1, capacity))
+        self._made.append(policy)
+        return policy
+
+    def asked(self, request: Request) -> None:
+        pass
+
+    def born(self, parent: int, keys: Sequence[int], request: Request | None) -> None:
+        pass
+
+    def drop(self, keys: Sequence[int]) -> None:
+        for policy in self._made:
+            policy.drop(keys)
+
+    def chance(self, key: int, now: float, horizon_s: float) -> float:
+        return 1.0

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
+from kvstore.eviction.base import Victims
+
 
 class LRU:
     """O(1) for each key touched and each victim named."""
 
-    def __init__(self) -> None:
+    def __init__(self, capacity: int = 1) -> None:
         self._order: OrderedDict[int, None] = OrderedDict()  # coldest first
 
     def admit(self, keys: Sequence[int], now: float) -> None:
@@ -24,6 +26,12 @@ class LRU:
             order[key] = None
 
     def touch(self, keys: Sequence[int], now: float) -> None:
+        self.defer(keys)
+
+    def warm(self, keys: Sequence[int], now: float) -> None:
+        self.defer(keys)
+
+    def defer(self, keys: Sequence[int]) -> None:
         order = self._order
         heat = order.move_to_end
         for key in reversed(keys):
@@ -38,7 +46,14 @@ class LRU:
             except KeyError:  # not resident; rare, and cheaper than looking first
                 continue
 
-    def victims(self, now: float) -> Iterator[int]:
+    def drop(self, keys: Sequence[int]) -> None:
+        pass  # what is not resident is not remembered
+
+    def victims(self, now: float) -> Victims:
+        for key in self._order:  # noqa: UP028 - a dict's iterator cannot be sent anything
+            yield key
+
+    def residents(self) -> Iterator[int]:
         return iter(self._order)
 
     def __len__(self) -> int:

@@ -19,7 +19,7 @@ from kvstore.catalog import (
     TWICE,
     WRITING,
 )
-from kvstore.eviction.base import Policy
+from kvstore.eviction.base import Family
 from kvstore.health import DeviceHealth
 from kvstore.orders import IndexPut, Move, MoveKind, Outcome
 from kvstore.room import IN_USE, Room
@@ -53,12 +53,12 @@ class PlacementConfig:
 class Placement:
     """The blocks of one tenant over its tiers."""
 
-    def __init__(self, config: PlacementConfig, make_policy: Callable[[], Policy]) -> None:
+    def __init__(self, config: PlacementConfig, family: Family) -> None:
         self.config = config
         self.write_policy = config.write_policy
         dram = Slots(config.dram_bytes, config.slab_bytes)
         nvme = Slots(config.nvme_bytes, config.slab_bytes, spread=config.spread)
-        self.room = Room(dram, nvme, make_policy, self._must_save)
+        self.room = Room(dram, nvme, family, self._must_save)
         self.catalog = self.room.catalog
         self.counters = self.room.counters
         self.health = DeviceHealth(present=nvme.slab_count > 0)
@@ -157,7 +157,7 @@ class Placement:
         self._slotless = 0
         if self.health.ok:
             for policy in self.room.policies(DRAM):
-                self._backlog.extend(policy.victims(now))
+                self._backlog.extend(policy.residents())
 
     def touch(self, blocks: Sequence[int], now: float) -> None:
         """Blocks of one layout, in prefix order, were asked for."""

@@ -16,7 +16,6 @@ from __future__ import annotations
 import heapq
 from array import array
 from collections.abc import Callable, Sequence
-from itertools import islice
 
 from kvstore.catalog import (
     DOOMED,
@@ -32,7 +31,7 @@ from kvstore.catalog import (
     LayoutEntry,
 )
 from kvstore.counters import Counters
-from kvstore.eviction.base import Policy
+from kvstore.eviction.base import Family, Policy
 from kvstore.orders import Move, MoveKind, Orders
 from kvstore.retention import Retention
 from kvstore.slots import Slots
@@ -57,7 +56,7 @@ class Room:
         self,
         dram: Slots,
         nvme: Slots,
-        make_policy: Callable[[], Policy],
+        family: Family,
         must_save: Callable[[], tuple[int, int]],
     ) -> None:
         self.catalog = Catalog()
@@ -68,7 +67,7 @@ class Room:
         self.orders = Orders()
         self.unsaved: list[int] = []
         self._must_save = must_save
-        self._make_policy = make_policy
+        self.family = family
         self._policies: dict[tuple[int, int], Policy] = {}
         self._busy: dict[int, int] = {}
         self._slab_scanned = {DRAM: -SLAB_SCAN_S, NVME: -SLAB_SCAN_S}
@@ -77,8 +76,11 @@ class Room:
         """The policy for one slot size of one tier."""
         found = self._policies.get((tier, slot_bytes))
         if found is None:
-            found = self._policies[tier, slot_bytes] = self._make_policy()
+            found = self._policies[tier, slot_bytes] = self._new_policy(tier, slot_bytes)
         return found
+
+    def _new_policy(self, tier: int, slot_bytes: int) -> Policy:
+        return self.family.make(tier, self._tier(tier)[0].capacity(slot_bytes))
 
     def policies(self, tier: int) -> list[Policy]:
         """The policies of a tier, one for each slot size."""
@@ -304,7 +306,10 @@ class Room:
         held: list[int] = []
         unsaved: list[int] = []
         retained: list[int] = []
-        for block in islice(policy.victims(now), LOOKED_AT_MAX):
+        victims, looked_at = policy.victims(now), 0
+        block = next(victims, None)
+        while block is not None:
+            stays = True
             if keeps is not None and keeps(block, now):
                 retained.append(block)
                 held.append(block)
@@ -316,11 +321,20 @@ class Room:
                 if len(unsaved) == UNSAVED_MAX:
                     break
             else:
+                stays = False
                 taken.append(block)
                 if len(taken) == short:
                     break
-        # What is held would be met again at every search: it goes to the warm end, once.
-        policy.touch(held[::-1], now)
+            looked_at += 1
+            if looked_at == LOOKED_AT_MAX:
+                break
+            try:
+                block = victims.send(stays)
+            except StopIteration:
+                break
+        victims.close()
+        if held:  # they would be met again at every search
+            policy.defer(held[::-1])
         if len(taken) < short and retained:
             loose = [block for block in retained if self._may_leave(block, now)]
             for block in self.retention.weakest(loose, short - len(taken)):

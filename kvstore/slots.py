@@ -48,6 +48,10 @@ class Slots:
         """Whether a slab can hold a slot of this size at all."""
         return self.slab_count > 0 and slot_bytes <= self.slab_bytes
 
+    def capacity(self, slot_bytes: int) -> int:
+        """Slots of this size that the whole tier could hold."""
+        return self.slab_count * (self.slab_bytes // slot_bytes) if self.fits(slot_bytes) else 0
+
     def take(self, slot_bytes: int, owners: Sequence[int]) -> list[int]:
         """A slot for each owner in turn, neighbours where possible; fewer when room is short."""
         taken: list[int] = []

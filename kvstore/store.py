@@ -11,7 +11,7 @@ argument), what is to be done goes out as `Orders`. One thread calls it. Bytes a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from kvstore.catalog import (
     DOOMED,
@@ -26,7 +26,7 @@ from kvstore.catalog import (
 )
 from kvstore.checksums import digest
 from kvstore.errors import InvalidLayout, LimitExceeded
-from kvstore.eviction.base import Policy
+from kvstore.eviction.base import Family
 from kvstore.holdings import Holdings
 from kvstore.leases import ReadLease, Session, Sessions, WriteLease
 from kvstore.limits import Limits
@@ -41,10 +41,8 @@ from kvstore.writes import Reserved, Writes
 class Store:
     """One tenant's blocks, sessions and leases."""
 
-    def __init__(
-        self, config: PlacementConfig, limits: Limits, make_policy: Callable[[], Policy]
-    ) -> None:
-        self.placement = Placement(config, make_policy)
+    def __init__(self, config: PlacementConfig, limits: Limits, family: Family) -> None:
+        self.placement = Placement(config, family)
         self.room = self.placement.room
         self.catalog = self.placement.catalog
         self.counters = self.placement.counters

@@ -20,7 +20,7 @@ from kvstore.busy_poll import BusyPoll
 from kvstore.config import Config
 from kvstore.disk import Disk, DiskConfig, adopt
 from kvstore.errors import AlreadyRunning, InvalidConfig
-from kvstore.eviction.base import Policy
+from kvstore.eviction.base import Family, Independent
 from kvstore.eviction.lru import LRU
 from kvstore.front_door import FrontDoor
 from kvstore.hands import Door, Hands
@@ -36,7 +36,7 @@ from kvstore.store import Store
 from kvstore.turns import Share, Turns
 
 INDEX_CLOSE_S = 10.0
-POLICIES: dict[str, Callable[[], Policy]] = {"lru": LRU}
+POLICIES: dict[str, Callable[[], Family]] = {"lru": lambda: Independent(LRU)}
 
 log = structlog.get_logger()
 
@@ -114,7 +114,7 @@ class Tenant:
             hang_s=config.nvme.hang_timeout,
         )
         bounds = config.bounds(self._arena.capacity_bytes)
-        return Store(placement, bounds, POLICIES[config.eviction.effective_policy])
+        return Store(placement, bounds, POLICIES[config.eviction.effective_policy]())
 
     async def start(self) -> None:
         """Open the doors."""

@@ -22,6 +22,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "core",
         (
+            "accesses",
             "catalog",
             "checksums",
             "counters",
@@ -97,7 +98,17 @@ SEEN_BY_ROOM = {
     "client": ("protos", "errors", "mapping", "paths", "spin", "types"),
 }
 BRAIN = (
-    *("catalog", "counters", "health", "holdings", "leases", "limits", "orders", "placement"),
+    *(
+        "accesses",
+        "catalog",
+        "counters",
+        "health",
+        "holdings",
+        "leases",
+        "limits",
+        "orders",
+        "placement",
+    ),
     *("reads", "retention", "room", "scrub", "slots", "store", "writes"),
 )
 IMPURE = {"asyncio", "os", "random", "socket", "threading", "time", "datetime", "secrets", "lmdb"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvstore.catalog import LayoutEntry
+from kvstore.eviction.base import Independent
 from kvstore.eviction.lru import LRU
 from kvstore.leases import ReadLease, Session
 from kvstore.limits import Limits
@@ -45,7 +46,7 @@ class Desk:
             spread=spread,
             queue_depth=queue_depth,
         )
-        self.store = Store(config, limits or Limits(), LRU)
+        self.store = Store(config, limits or Limits(), Independent(LRU))
         self.counters = self.store.counters
         self.now = 10.0
         self.client = self.store.attach("client")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from kvstore.catalog import DOOMED, READY, STORED, LayoutEntry
 from kvstore.errors import LimitExceeded
-from kvstore.eviction.base import Policy
+from kvstore.eviction.base import Family, Independent
 from kvstore.eviction.lru import LRU
 from kvstore.leases import Session
 from kvstore.limits import Limits
@@ -64,9 +64,9 @@ class World(Books):
         config: PlacementConfig,
         limits: Limits,
         layouts: int,
-        make_policy: Callable[[], Policy] = LRU,
+        make_family: Callable[[], Family] = lambda: Independent(LRU),
     ) -> None:
-        super().__init__(Store(config, limits, make_policy))
+        super().__init__(Store(config, limits, make_family()))
         self.now = 100.0
         self.version = 0
         self.sessions: list[Session] = []

@@ -17,6 +17,7 @@ from kvstore.adoption import NOTES, SLOT_TABLE, Estate, Notes
 from kvstore.adoption import adopt as adopt_dram
 from kvstore.disk import adopt
 from kvstore.errors import KVStoreError
+from kvstore.eviction.base import Independent
 from kvstore.eviction.lru import LRU
 from kvstore.hands import Door, Ended
 from kvstore.health import FAILURES_IN_A_ROW
@@ -74,7 +75,7 @@ class Daemon:
         self.started = False
         self._estate = self._take_over()
         self.table = self._estate.table
-        self.store = Store(machine.placement, machine.limits, LRU)
+        self.store = Store(machine.placement, machine.limits, Independent(LRU))
         self.hands = MortalHands(self.table, self._estate.notes)
         self.hands.fuse = self.fuse
         info = ServiceInfo(
