@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from kvstore import paths, types
 from kvstore.client.arena import Arena
@@ -20,8 +20,20 @@ from kvstore.types import Layout, Stats
 
 REFUSED_S = 0.2  # after a failed attempt other calls fail at once for so long
 TIMEOUT_S_MAX = 86_400.0
+TRACE_S = 30.0  # for what is still to be written
 
 T = TypeVar("T")
+
+
+class TraceState(NamedTuple):
+    """A recording: what is in its files, and how many requests could not be kept."""
+
+    recording: bool
+    path: str
+    requests: int
+    dropped: int
+    bytes: int
+    files: int
 
 
 class Transport(Protocol):
@@ -159,6 +171,28 @@ class Client:
         deadline = time.monotonic() + deadline_s
         reply = self.call(pb.DRAIN, pb.DrainRequest(session=session), pb.DrainReply, deadline)
         return reply.found, reply.written
+
+    def start_trace(self, path: str | os.PathLike[str], max_bytes: int = 0) -> TraceState:
+        """Have the daemon record what its clients ask for, in a new file at an absolute path; 0: of
+        1 GiB at most. Only for the daemon's user and root."""
+        return self._trace(pb.TraceRequest.START, os.fspath(path), max_bytes)
+
+    def stop_trace(self) -> TraceState:
+        """End the recording; what came of it."""
+        return self._trace(pb.TraceRequest.STOP)
+
+    def show_trace(self) -> TraceState:
+        """Whether the daemon records, and what there is of it so far."""
+        return self._trace(pb.TraceRequest.SHOW)
+
+    def _trace(self, action: int, path: str = "", max_bytes: int = 0) -> TraceState:
+        request = pb.TraceRequest(action=action, path=path, max_bytes=max_bytes)  # type: ignore[arg-type]
+        deadline = self.deadline(TRACE_S)
+        session = self.session(deadline)  # once only: who asks again is told that it is done
+        reply = session.transport.call(pb.TRACE, request, pb.TraceReply, deadline)
+        return TraceState(
+            reply.recording, reply.path, reply.requests, reply.dropped, reply.bytes, reply.files
+        )
 
     @property
     def arena(self) -> Arena | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 Victims = Generator[int, bool | None, None]
 
@@ -72,28 +72,50 @@ class Request:
     tag: str = ""
 
 
+class Asked(NamedTuple):
+    """What a family made of a request: a class of its own counting, its length, its time."""
+
+    kind: int
+    length: int
+    now: float
+
+
 class Family(Protocol):
-    """The policies of one tenant, one for each tier and slot size, and what they learn together."""
+    """The policies of one tenant, one for each tier and slot size, and what they learn together.
+
+    `contests`: whether new blocks may be worth less than all that is there.
+    """
+
+    contests: bool
 
     def make(self, tier: int, capacity: int) -> Policy:
         """A policy for a tier (a smaller number is faster) in which that many blocks have room."""
 
-    def asked(self, request: Request) -> None:
+    def asked(self, request: Request) -> Asked:
         """Told once for each request, before its blocks are touched or admitted anywhere."""
 
-    def born(self, parent: int, keys: Sequence[int], request: Request | None) -> None:
-        """New keys, a chain behind `parent` (-1: none known), which `request` offered or missed."""
+    def born(self, parent: int, keys: Sequence[int], asked: Asked | None) -> None:
+        """Keys that are a chain behind `parent` (-1: none), those of them that are not known
+        named by that request. To be told before they are admitted."""
+
+    def hinted(self, asked: Asked, chain: Sequence[int], reuse: str, tag: str) -> Asked:
+        """Hints about that request have come late; it asked for this chain."""
 
     def drop(self, keys: Sequence[int]) -> None:
         """As for Policy; told once for all."""
 
-    def chance(self, key: int, now: float, horizon_s: float) -> float:
-        """The estimated chance that a known key is asked for within that time: 1 where nothing is
-        estimated."""
+    def likely(self, key: int, now: float, horizon_s: float, least: float) -> bool:
+        """Whether a known key has at least that chance to be asked for within that time, as far as
+        can be told."""
+
+    def idle_s(self, key: int, now: float) -> float:
+        """How long ago a known key was asked for; 0 where that is not known."""
 
 
 class Independent:
     """A family of policies that share nothing. `make` is given the capacity in blocks."""
+
+    contests = False
 
     def __init__(self, make: Callable[[int], Policy]) -> None:
         self._make = make
@@ -104,15 +126,21 @@ class Independent:
         self._made.append(policy)
         return policy
 
-    def asked(self, request: Request) -> None:
+    def asked(self, request: Request) -> Asked:
+        return Asked(0, len(request.chain) + request.fresh, request.now)
+
+    def born(self, parent: int, keys: Sequence[int], asked: Asked | None) -> None:
         pass
 
-    def born(self, parent: int, keys: Sequence[int], request: Request | None) -> None:
-        pass
+    def hinted(self, asked: Asked, chain: Sequence[int], reuse: str, tag: str) -> Asked:
+        return asked
 
     def drop(self, keys: Sequence[int]) -> None:
         for policy in self._made:
             policy.drop(keys)
 
-    def chance(self, key: int, now: float, horizon_s: float) -> float:
-        return 1.0
+    def likely(self, key: int, now: float, horizon_s: float, least: float) -> bool:
+        return True
+
+    def idle_s(self, key: int, now: float) -> float:
+        return 0.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 
@@ -90,12 +91,15 @@ class Catalog:
         self.pins = array("I")  # read leases, and moves out of its DRAM slot
         self.sums = Sums()
         self.proofs: dict[int, int] = {}  # UNPROVEN block -> what `checksums.digest` must give
+        # Blocks that are nowhere but may be asked for again, and why they left; the oldest first.
+        self.ghosts: dict[int, str] = {}
         self.writers: dict[int, int] = {}  # WRITING block -> number of the session that writes it
         self._unused: list[int] = []
         self._dropped: list[int] = []  # unused rows that somebody may still remember
 
     def __len__(self) -> int:
-        return len(self.keys) - len(self._unused) - len(self._dropped)
+        """Blocks that are somewhere."""
+        return len(self.keys) - len(self._unused) - len(self._dropped) - len(self.ghosts)
 
     def open(self, layout: Layout) -> LayoutEntry:
         """The entry of a layout, made when it is new."""
@@ -150,11 +154,23 @@ class Catalog:
             flags[block] = 0
         self._dropped += blocks
 
-    def recycle(self) -> None:
-        """Nobody remembers the dropped rows any more: other blocks may have them."""
-        if self._dropped:
-            self._unused += self._dropped
-            self._dropped = []
+    def recycle(self) -> list[int]:
+        """Nobody remembers the dropped rows any more: other blocks may have them. Returns them."""
+        dropped, self._dropped = self._dropped, []
+        self._unused += dropped
+        return dropped
+
+    def forget_ghosts(self, most: int) -> None:
+        """Of the blocks that are nowhere keep no more than that many, the latest."""
+        surplus = len(self.ghosts) - most
+        if surplus <= 0:
+            return
+        # Some more at once: finding the first of a dict costs what was taken out before it.
+        gone = list(islice(self.ghosts, min(len(self.ghosts), surplus + most // 16)))
+        for block in gone:
+            del self.ghosts[block]
+        self.hide(gone)
+        self.drop(gone)
 
     def load(
         self, entry: LayoutEntry, keys: list[bytes], offsets: list[int], sums: list[bytes]

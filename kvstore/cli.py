@@ -18,7 +18,7 @@ import click
 from rich.console import Group
 from rich.table import Table
 
-from kvstore import __version__, cli_service, cli_stats, types
+from kvstore import __version__, cli_service, cli_simulate, cli_stats, cli_trace, types
 from kvstore.client import Cache, Client, Layout, connect
 from kvstore.errors import InvalidConfig, InvalidRequest, KVStoreError, Unavailable
 
@@ -169,8 +169,9 @@ def cli() -> None:
     "refreshes; Ctrl-C ends it. It goes on while the daemon restarts.",
 )
 @click.option("--count", type=click.IntRange(min=1), hidden=True, help="End after so many.")
+@click.option("--what-if", is_flag=True, help="Show what other sizes of the tiers would give.")
 @where
-def stats(as_json: bool, every_s: float | None, count: int | None) -> None:
+def stats(as_json: bool, every_s: float | None, count: int | None, what_if: bool) -> None:
     """Show hits, misses, occupancy, moves and latency.
 
     The hit ratio is blocks served of blocks asked for. Latency is the time to grant a hit in DRAM,
@@ -184,7 +185,8 @@ def stats(as_json: bool, every_s: float | None, count: int | None) -> None:
         elif as_json:
             _write_json(client.stats())
         else:
-            cli_stats.put(console, cli_stats.page(client.stats()))
+            show = cli_stats.what_if_page if what_if else cli_stats.page
+            cli_stats.put(console, show(client.stats()))
 
 
 @cli.command()
@@ -479,9 +481,14 @@ def _retain(
     click.echo(f"{verb} {kept:,} of {len(hashes):,} blocks")
 
 
-for _command in (cli_service.service, *cli_service.service.commands.values()):
+_trace = cli_trace.commands(_connected)
+for _command in (
+    *(cli_service.service, *cli_service.service.commands.values()),
+    *(_trace, *_trace.commands.values(), cli_simulate.simulate),
+):
     where(_command)
-cli.add_command(cli_service.service)
+for _command in (cli_service.service, _trace, cli_simulate.simulate):
+    cli.add_command(_command)
 
 
 if __name__ == "__main__":

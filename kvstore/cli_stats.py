@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -23,6 +24,17 @@ from kvstore.errors import KVStoreError, SessionLost, Unavailable
 PIPE_COLUMNS = 1_000  # nobody looks at a pipe: no reason to fold lines
 BOX = box.SIMPLE_HEAD
 Document = Mapping[str, Any]
+CAUSES = {  # what `blocks.miss_causes` counts, for people
+    "room": "evicted for room",
+    "idle": "evicted as idle",
+    "quota": "evicted by quota",
+    "refused": "never stored: refused",
+    "late": "NVMe too late",
+    "no_room": "all of DRAM leased",
+    "too_slow": "faster to compute",
+    "failed": "I/O failed",
+    "behind": "behind a miss",
+}
 
 
 def console() -> Console:
@@ -114,15 +126,15 @@ def _summary(tenant: Document, before: Document | None, elapsed_s: float) -> Tab
     """The tenant's own numbers, one line a subject."""
     blocks, saved, moves = tenant["blocks"], tenant["saved"], tenant["moves"]
     asked, hit = blocks["asked"], blocks["hit"]
-    ceiling = tenant["ceiling_hit_ratio"]
     lines = {
         "requests": _counts(tenant["requests"]),
         "blocks": f"asked {asked:,}, hit {hit:,}, miss {blocks['miss']:,}, hit ratio "
-        f"{_share(hit, asked)}" + ("" if ceiling is None else f" of {ceiling:.1%} possible"),
-        "misses": _counts(blocks["miss_causes"]),
+        f"{_share(hit, asked)}" + _of_ceiling(tenant),
+        "misses": _counts(_in_words(blocks["miss_causes"])),
         "put": f"stored {blocks['stored']:,}, refused {blocks['refused']:,}, aborted "
         f"{blocks['aborted']:,}, quarantined {blocks['quarantined']:,}",
         "saved": f"{saved['tokens']:,} tokens, {saved['prefill_seconds']:,.1f} s of prefill",
+        "NVMe wear": _wear(tenant["wear"]),
         "under way": f"spills {moves['spills']:,}, loads {moves['loads']:,}",
     }
     if any(tenant["errors"].values()):
@@ -139,6 +151,71 @@ def _summary(tenant: Document, before: Document | None, elapsed_s: float) -> Tab
     for subject, line in lines.items():
         table.add_row(subject, line)
     return table
+
+
+def _of_ceiling(tenant: Document) -> str:
+    """How near the hit ratio is to what any cache could have."""
+    blocks, ceiling = tenant["blocks"], tenant["ceiling_hit_ratio"]
+    if ceiling is None or not blocks["asked"]:
+        return ""
+    share = _share(blocks["hit"] / blocks["asked"], ceiling)
+    return f", of {ceiling:.1%} possible: {share} of the ceiling"
+
+
+def _in_words(causes: Mapping[str, int]) -> Counter[str]:
+    """Causes of misses as people say them; two of the same words are added up."""
+    words: Counter[str] = Counter()
+    for cause, count in causes.items():
+        words[CAUSES.get(cause, cause.replace("_", " "))] += count
+    return words
+
+
+def _wear(wear: Document) -> str:
+    written, budget = wear["written_bytes_per_day"], wear["budget_bytes_per_day"]
+    line = "-" if written is None else f"{size_text(written)} a day written since the start"
+    return line + ("" if budget is None else f", the budget is {size_text(budget)} a day")
+
+
+def what_if_page(now: Document) -> RenderableType:
+    """For every tenant, what other sizes of its tiers would give."""
+    parts: list[RenderableType] = []
+    for name, tenant in now["tenants"].items():
+        sample, ceiling = tenant["sample"], tenant["ceiling_hit_ratio"]
+        if not tenant["what_if"]:
+            parts.append(text(f"tenant {name}: nothing was asked for yet", "bold"))
+            continue
+        parts.append(
+            text(
+                f"tenant {name}: estimate from a sample of {sample['blocks']:,} blocks "
+                f"({sample['rate']:.2%} of keys), LRU order, corrected by what was measured at the "
+                f"present sizes; at most {ceiling:.1%} is possible",
+                "bold",
+            )
+        )
+        table = Table(box=BOX, pad_edge=False)
+        for column in (
+            "",
+            "dram",
+            "nvme",
+            "hit ratio",
+            "from dram",
+            "tokens a day",
+            "prefill a day",
+        ):
+            table.add_column(column, justify="right", no_wrap=True)
+        for one in tenant["what_if"]:
+            tokens, seconds = one["saved_tokens_per_day"], one["saved_prefill_seconds_per_day"]
+            table.add_row(
+                "now" if one["factor"] == 1 else f"{one['factor']:g} x {one['tier']}",
+                size_text(one["dram_bytes"]),
+                size_text(one["nvme_bytes"]),
+                f"{one['hit_ratio']:.1%}",
+                f"{one['dram_hit_ratio']:.1%}",
+                "-" if tokens is None else f"{tokens:,.0f}",
+                "-" if seconds is None else duration_text(seconds),
+            )
+        parts.append(table)
+    return Group(*parts)
 
 
 def _tiers(tenant: Document, before: Document | None, elapsed_s: float) -> Table:

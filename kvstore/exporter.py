@@ -77,6 +77,7 @@ class Collector:
                 if tier["latency_ms"][key] is not None
             ],
         )
+        yield from _worth(tenants)
         yield _family(
             "kvstore_requests_total",
             "Requests by verb.",
@@ -109,6 +110,32 @@ def serve(address: tuple[str, int], fetch: Callable[[], dict[str, Any]]) -> Call
         thread.join()
 
     return stop
+
+
+def _worth(tenants: dict[str, Any]) -> Iterator[Metric]:
+    """Causes of misses, the ceiling, wear; what is not known yet has no sample."""
+    causes = [(t, doc["blocks"]["miss_causes"]) for t, doc in tenants.items()]
+    yield _family(
+        "kvstore_missed_blocks_total",
+        "Blocks not served, by cause.",
+        ("tenant", "reason"),
+        [((t, reason), count) for t, found in causes for reason, count in found.items()],
+    )
+    known = [
+        (
+            "kvstore_ceiling_hit_ratio",
+            "Share of the blocks asked for that a cache that never forgets would have served.",
+            {t: doc["ceiling_hit_ratio"] for t, doc in tenants.items()},
+        ),
+        (
+            "kvstore_nvme_budget_bytes_per_day",
+            "What nvme.write_budget allows to be written.",
+            {t: doc["wear"]["budget_bytes_per_day"] for t, doc in tenants.items()},
+        ),
+    ]
+    for name, text, numbers in known:
+        rows = [((t,), number) for t, number in numbers.items() if number is not None]
+        yield _family(name, text, ("tenant",), rows)
 
 
 def _at(tree: Any, path: Iterable[str]) -> float:

@@ -17,7 +17,14 @@ from typing import Any
 import grpc
 import structlog
 
-from kvstore.errors import GRPC_STATUS, InternalError, InvalidRequest, KVStoreError, SessionLost
+from kvstore.errors import (
+    GRPC_STATUS,
+    InternalError,
+    InvalidRequest,
+    KVStoreError,
+    NotPermitted,
+    SessionLost,
+)
 from kvstore.hatch import FRAME_BYTES_MAX, UNATTACHED_MAX
 from kvstore.leases import Session
 from kvstore.peers import Peer
@@ -148,6 +155,10 @@ class FrontDoor:
             late: asyncio.Future[Any] = self._loop.create_future()
             try:
                 attached = self._attached(context)
+                if verb == pb.TRACE:
+                    raise NotPermitted(
+                        "gRPC does not say whose call it is: record a trace through kvstore.sock"
+                    )
 
                 def answer(message: Any) -> None:
                     if late.done():

@@ -24,7 +24,7 @@ from typing import Any
 import structlog
 
 from kvstore.busy_poll import BusyPoll
-from kvstore.errors import InternalError, InvalidRequest, KVStoreError
+from kvstore.errors import InternalError, InvalidRequest, KVStoreError, NotPermitted
 from kvstore.leases import Session
 from kvstore.limits import Bucket
 from kvstore.peers import Peer
@@ -296,6 +296,11 @@ class Connection:
             self._attach(verb, number, payload)
             return
         try:
+            if verb == pb.TRACE and self._peer.uid not in (0, os.geteuid()):
+                raise NotPermitted(
+                    f"user {self._peer.uid} may not have the daemon write files: record a trace as "
+                    "root or as the daemon's user"
+                )
             reply = self._service.handle_bytes(
                 self._session, verb, payload, lambda late: self._answer(verb, number, late)
             )

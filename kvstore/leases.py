@@ -25,13 +25,17 @@ class ReadLease:
         "context",
         "enough",
         "entry",
+        "keys",
+        "missed",
         "number",
         "parked",
         "ready",
         "session",
+        "slow",
         "stop",
         "tiers",
         "tokens_per_s",
+        "why",
     )
 
     def __init__(self, number: int, session: Session, entry: LayoutEntry) -> None:
@@ -46,8 +50,12 @@ class ReadLease:
         self.answered = False
         self.parked = False  # it was answered by: ask again when there is room
         self.context: Sequence[bytes] = ()  # keys that the blocks continue
+        self.keys: Sequence[bytes] = ()  # that are asked for
         self.asked = 0
         self.tokens_per_s = 0.0
+        self.slow = 0  # blocks that were on NVMe, once answered
+        self.missed = 0  # keys that count as missed, once answered
+        self.why = ""  # they did, where it is not that they are nowhere
 
 
 class WriteLease:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
 from kvstore.leases import Session
 from kvstore.store import Store
 from kvstore.types import NVME, TIERS
+from kvstore.worth import DAY_S, RATE_AFTER_S
 
 
-def tenant_document(store: Store) -> dict[str, Any]:
+def tenant_document(store: Store, uptime_s: float) -> dict[str, Any]:
     """One tenant's part of the document. Plain numbers, strings and dicts."""
     counters, placement = store.counters, store.placement
     return {
@@ -37,7 +39,20 @@ def tenant_document(store: Store) -> dict[str, Any]:
             "tokens": counters.saved_tokens,
             "prefill_seconds": counters.saved_prefill_s,
         },
-        "ceiling_hit_ratio": None,  # known once reuse is estimated beyond what is kept
+        "ceiling_hit_ratio": store.worth.ceiling_hit_ratio,
+        "what_if": [dataclasses.asdict(one) for one in store.worth.what_if()],
+        "sample": {"blocks": store.worth.curve.sampled, "rate": store.worth.curve.rate},
+        "wear": _wear(store, uptime_s),
+    }
+
+
+def _wear(store: Store, uptime_s: float) -> dict[str, float | None]:
+    """Bytes a day that are written to NVMe since the start, and that nvme.write_budget allows."""
+    budget = store.placement.config.write_budget
+    written = store.counters.nvme.written_bytes
+    return {
+        "written_bytes_per_day": written / uptime_s * DAY_S if uptime_s >= RATE_AFTER_S else None,
+        "budget_bytes_per_day": None if budget is None else budget * DAY_S,
     }
 
 
@@ -59,7 +74,7 @@ def document(tenants: dict[str, Store], *, uptime_s: float, generation: int, ver
         "daemon": version,
         "uptime_s": uptime_s,
         "generation": generation,
-        "tenants": {name: tenant_document(store) for name, store in tenants.items()},
+        "tenants": {name: tenant_document(store, uptime_s) for name, store in tenants.items()},
     }
     return json.dumps(tree).encode()
 

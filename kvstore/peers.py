@@ -26,11 +26,13 @@ class Peer:
         *,
         claimed: bool = False,
         start: int | None = None,
+        uid: int | None = None,
     ) -> None:
         """`claimed`: the number comes from the client, not from the kernel, so that no process of
         that number proves nothing. `start`: which process of that number is meant, as an earlier
         `Peer.start` told it; 0 when it could not."""
         self.pid = pid
+        self.uid = uid  # as the kernel tells it; None: nobody has
         self._loop = loop
         self._claimed = claimed
         self._file: int | None = None
@@ -46,7 +48,8 @@ class Peer:
     def of(cls, loop: asyncio.AbstractEventLoop, connection: socket.socket) -> Peer:
         """The process that connected this Unix socket."""
         raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        return cls(loop, _UCRED.unpack(raw)[0])
+        pid, uid, _ = _UCRED.unpack(raw)
+        return cls(loop, pid, uid=uid)
 
     @property
     def gone(self) -> bool:

@@ -173,10 +173,17 @@ class Placement:
         if self.write_policy == "second-touch":
             flags = catalog.flags
             for block in reversed(blocks):
-                if not flags[block] & TWICE:
+                if flags[block] & (READY | STORED) and not flags[block] & TWICE:
                     flags[block] |= TWICE
                     if flags[block] & (READY | STORED) == READY and self.health.ok:
                         self._backlog.append(block)
+
+    def warm(self, blocks: Sequence[int], now: float) -> None:
+        """Blocks that depend on these have come: those leave first."""
+        slot_bytes = self.catalog.entry(blocks[0]).slot_bytes
+        self.room.policy(DRAM, slot_bytes).warm(blocks, now)
+        if self.room.nvme.slab_count:
+            self.room.policy(NVME, slot_bytes).warm(blocks, now)
 
     def unwrite(self, blocks: Sequence[int]) -> None:
         """Blocks that were being written never will be: their slots are free."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kvstore.catalog import FRESH, LOADING, READY, STORED, UNPROVEN, WRITING, LayoutEntry
 from kvstore.holdings import Holdings
@@ -18,15 +18,21 @@ STOP_NAMES = ("end", "absent", "pending", "late", "no_room", "too_slow", "failed
 
 
 class Reads:
-    """Read leases of one tenant. Every access leaves a note for the policies in `notes`."""
+    """Read leases of one tenant. Every answer is noted, for what follows from it later."""
 
-    def __init__(self, placement: Placement, sessions: Sessions, holdings: Holdings) -> None:
+    def __init__(
+        self,
+        placement: Placement,
+        sessions: Sessions,
+        holdings: Holdings,
+        note: Callable[[ReadLease], None],
+    ) -> None:
         self.placement = placement
         self.catalog = placement.catalog
         self.counters = placement.counters
         self.sessions = sessions
         self.holdings = holdings
-        self.notes: list[list[int]] = []
+        self._note = note
         self._waiting: dict[int, list[ReadLease]] = {}  # loading block -> leases that wait for it
 
     def acquire(
@@ -56,6 +62,7 @@ class Reads:
             keys = keys[:allowed]
         lease = ReadLease(self.sessions.next_number(), session, entry)
         lease.asked = asked
+        lease.keys = keys
         lease.tokens_per_s = tokens_per_s
         lease.context = context
         patient = wait and allowed == asked
@@ -95,10 +102,6 @@ class Reads:
             prefix.append(block)
         return prefix, seen
 
-    def note(self, blocks: list[int]) -> None:
-        """Blocks of one layout were used, in prefix order; the policies hear of it later."""
-        self.notes.append(blocks)
-
     def cut(self, lease: ReadLease, stop: int) -> None:
         """The wait is over: the lease is answered with what is ready."""
         if not lease.answered:
@@ -125,6 +128,7 @@ class Reads:
                 self._advance(lease)
             elif not lease.answered and block in lease.blocks:
                 self._shorten(lease, lease.blocks.index(block), FAILED)
+                lease.why = "corrupt" if outcome is Outcome.CORRUPT else ""
             if not lease.answered and lease.ready >= lease.enough:
                 pending = lease.ready < len(lease.blocks)
                 self._answer(lease, PENDING if pending else lease.stop)
@@ -272,9 +276,8 @@ class Reads:
             for block in blocks:
                 flags[block] &= ~FRESH
         self._count(lease)
-        if blocks:
-            self.notes.append(self._context(lease) + blocks if lease.context else blocks)
-        else:
+        self._note(lease)
+        if not blocks:
             del lease.session.leases[lease.number]
 
     def _count(self, lease: ReadLease) -> None:
@@ -286,9 +289,8 @@ class Reads:
         counters.asked += hit + missed
         counters.hit += hit
         counters.miss += missed
-        if missed:
-            counters.misses[STOP_NAMES[lease.stop]] += missed
-        slow = lease.tiers.count(NVME)
+        lease.missed, lease.why = missed, lease.why or STOP_NAMES[lease.stop]
+        lease.slow = slow = lease.tiers.count(NVME)
         counters.nvme.hits += slow
         counters.dram.hits += hit - slow
         counters.dram.read_bytes += hit * lease.entry.layout.block_bytes

@@ -66,6 +66,9 @@ class Room:
         self.nvme = nvme
         self.orders = Orders()
         self.unsaved: list[int] = []
+        self.reasons = {DRAM: "room", NVME: "room"}  # as which it counts that blocks made room
+        # Whether a block that leaves DRAM is worth its write to NVMe.
+        self.worth_saving: Callable[[int, float], bool] = lambda block, now: True
         self._must_save = must_save
         self.family = family
         self._policies: dict[tuple[int, int], Policy] = {}
@@ -212,7 +215,7 @@ class Room:
         else:
             self._unprove(blocks)
         self.free(tier, blocks)
-        self.settle(blocks)
+        self.settle(blocks, reason)
 
     def _unprove(self, blocks: Sequence[int]) -> None:
         """Nothing is to be proved of these blocks any more."""
@@ -233,18 +236,26 @@ class Room:
         if tier == DRAM:
             self.orders.marks.update(pages)
 
-    def settle(self, blocks: Sequence[int]) -> None:
-        """Blocks that are nowhere any more are forgotten, at once or with their last hold."""
+    def settle(self, blocks: Sequence[int], cause: str = "") -> None:
+        """Blocks that are nowhere any more are forgotten, at once or with their last hold; where
+        there is a cause, that they were here, and why they are not, is known for a while."""
         catalog, flags, pins = self.catalog, self.catalog.flags, self.catalog.pins
         there = READY | STORED | IN_USE | DOOMED
         nowhere = [block for block in blocks if not flags[block] & there]
         if nowhere:
-            catalog.hide(nowhere)
             self.retention.forget(nowhere)
-            for block in nowhere:
-                if pins[block]:
-                    flags[block] |= DOOMED
-            catalog.drop([block for block in nowhere if not pins[block]])
+            held = [block for block in nowhere if pins[block]]
+            for block in held:
+                flags[block] |= DOOMED
+            free = [block for block in nowhere if not pins[block]] if held else nowhere
+            if cause:
+                catalog.hide(held)
+                catalog.ghosts.update(dict.fromkeys(free, cause))
+                for block in free:
+                    flags[block] = 0
+            else:
+                catalog.hide(nowhere)
+                catalog.drop(free)
             self.orders.room = True
         if len(nowhere) < len(blocks):
             self.reap(blocks)
@@ -263,8 +274,9 @@ class Room:
             assert bool(flags & UNPROVEN) == (block in catalog.proofs)
             assert not flags & UNPROVEN or flags & READY
             assert (block in catalog.writers) == bool(flags & WRITING)
-            if key is None:
+            if key is None or block in catalog.ghosts:
                 assert not flags and not catalog.pins[block] and block not in self._busy
+                assert key is None or catalog.entry(block).index[key] == block
                 continue
             entry = catalog.entry(block)
             assert (entry.index.get(key) == block) == (not flags & DOOMED)
@@ -292,7 +304,7 @@ class Room:
             if left := self._take_over(tier, slot_bytes, now, force=force):
                 return left
         taken = self._pick(tier, self.policy(tier, slot_bytes), short, now, force)
-        self.leave(tier, taken, "room")
+        self.leave(tier, taken, self.reasons[tier])
         if taken or self.unsaved:
             return len(taken)
         return self._take_over(tier, slot_bytes, now, force=force, desperate=True)
@@ -306,7 +318,7 @@ class Room:
         held: list[int] = []
         unsaved: list[int] = []
         retained: list[int] = []
-        victims, looked_at = policy.victims(now), 0
+        victims, looked_at, worth = policy.victims(now), 0, self.worth_saving
         block = next(victims, None)
         while block is not None:
             stays = True
@@ -316,7 +328,8 @@ class Room:
             elif pins[block] or block in busy:
                 if not flags[block] & SPILLING:
                     held.append(block)
-            elif flags[block] & mask == due:
+            elif flags[block] & mask == due and worth(block, now):
+                stays = False  # it leaves as soon as it is saved
                 unsaved.append(block)
                 if len(unsaved) == UNSAVED_MAX:
                     break
@@ -338,9 +351,26 @@ class Room:
         if len(taken) < short and retained:
             loose = [block for block in retained if self._may_leave(block, now)]
             for block in self.retention.weakest(loose, short - len(taken)):
-                (unsaved if flags[block] & mask == due else taken).append(block)
+                due_now = flags[block] & mask == due and worth(block, now)
+                (unsaved if due_now else taken).append(block)
         self.unsaved += unsaved
         return taken
+
+    def contest(self, entry: LayoutEntry, blocks: Sequence[int], now: float) -> int:
+        """How many leading ones of these new blocks are worth more than what would have to leave
+        DRAM for them; that has left then."""
+        slot_bytes = entry.slot_bytes
+        short = len(blocks) - self.dram.free(slot_bytes)
+        if short <= 0:
+            return len(blocks)
+        policy = self.policy(DRAM, slot_bytes)
+        policy.admit(blocks, now)  # as if they were there
+        taken = self._pick(DRAM, policy, short, now, force=False)
+        policy.forget(blocks)
+        new = set(blocks)
+        gone = [block for block in taken if block not in new]
+        self.leave(DRAM, gone, self.reasons[DRAM])
+        return len(blocks) - (len(taken) - len(gone))
 
     def _may_leave(self, block: int, now: float) -> bool:
         """Whether nothing stands against it but that the block may be kept, or not be saved yet."""
@@ -373,7 +403,11 @@ class Room:
                 continue
             if not desperate and any(self.retention.keeps(b, now) for b in residents):
                 continue
-            unsaved = [b for b in residents if self.catalog.flags[b] & mask == due]
+            unsaved = [
+                b
+                for b in residents
+                if self.catalog.flags[b] & mask == due and self.worth_saving(b, now)
+            ]
             if unsaved:
                 self.unsaved += unsaved
                 continue

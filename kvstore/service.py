@@ -30,11 +30,13 @@ from kvstore.errors import (
     SessionLost,
     TooLarge,
 )
+from kvstore.learning import NO_HINTS, Hints
 from kvstore.leases import ReadLease, Session
 from kvstore.orders import IndexPut, Move, MoveKind, Outcome
 from kvstore.parking import LATER, Parking, bounded
 from kvstore.protos import kvstore_pb2 as pb
 from kvstore.reads import LATE
+from kvstore.recorder import Recording
 from kvstore.store import Store
 from kvstore.types import SLOT_ALIGNMENT, Layout
 from kvstore.verification import Verification
@@ -107,6 +109,7 @@ class Service:
         self._parking = Parking(self._loop, self._carry_out_once, self._carry_out)
         self._verification = Verification(store)
         self._drains = Drains(store, self._loop)
+        self.recording = Recording(store)
         self.doors: Doors | None = None  # told when they are there
         self.refusal = ""  # why nobody may attach any more
         self._verbs: dict[int, tuple[Callable[[Session, Any, Answer], Any], Any]] = {
@@ -125,6 +128,7 @@ class Service:
             pb.VERIFY: (self._verify, pb.VerifyRequest),
             pb.SETTLE: (self._settle_sessions, pb.SettleRequest),
             pb.DRAIN: (self._drain, pb.DrainRequest),
+            pb.TRACE: (self.recording.handle, pb.TraceRequest),
         }
         self.requests = self.store.counters.requests
         for number in self._verbs:
@@ -311,6 +315,7 @@ class Service:
 
     def _stats(self, session: Session, request: Any, answer: Answer) -> Any:
         self.requests["stats"] += 1
+        self.store.digest(self._now())  # else some misses would have no cause yet
         return pb.StatsReply(json=self._document())
 
     def _clear(self, session: Session, request: Any, answer: Answer) -> Any:
@@ -396,7 +401,8 @@ class Service:
             self._now(),
             shard=shard,
             force=last,
-            context=keys[:skip],
+            context=keys[:skip] or ([request.parent] if request.parent else ()),
+            hints=_hints(request.hints) if request.HasField("hints") else NO_HINTS,
         )
         return None if reserved.waiting and not last else self._reserved(request, reserved)
 
@@ -493,3 +499,8 @@ class Service:
             )
         elif ok and not was_ok:
             log.warning("NVMe tier works again", tenant=self.info.tenant)
+
+
+def _hints(hints: Any) -> Hints:
+    reuse = pb.Hints.Reuse.Name(hints.reuse).lower() if hints.reuse in (1, 2) else "unknown"
+    return Hints(reuse, hints.finish_reason, hints.tag)

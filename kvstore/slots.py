@@ -52,6 +52,12 @@ class Slots:
         """Slots of this size that the whole tier could hold."""
         return self.slab_count * (self.slab_bytes // slot_bytes) if self.fits(slot_bytes) else 0
 
+    def free(self, slot_bytes: int) -> int:
+        """Slots of this size that can be taken at once."""
+        each = self.slab_bytes // slot_bytes if self.fits(slot_bytes) else 0
+        opened = self._open.get(slot_bytes, {})
+        return len(self._unassigned) * each + sum(len(self._free[slab]) for slab in opened)
+
     def take(self, slot_bytes: int, owners: Sequence[int]) -> list[int]:
         """A slot for each owner in turn, neighbours where possible; fewer when room is short."""
         taken: list[int] = []

@@ -28,6 +28,7 @@ from kvstore.checksums import digest
 from kvstore.errors import InvalidLayout, LimitExceeded
 from kvstore.eviction.base import Family
 from kvstore.holdings import Holdings
+from kvstore.learning import Learning
 from kvstore.leases import ReadLease, Session, Sessions, WriteLease
 from kvstore.limits import Limits
 from kvstore.orders import Move, MoveKind, Orders, Outcome
@@ -35,7 +36,8 @@ from kvstore.placement import Placement, PlacementConfig
 from kvstore.reads import Reads
 from kvstore.slots import NOBODY
 from kvstore.types import DRAM, NVME, Layout
-from kvstore.writes import Reserved, Writes
+from kvstore.worth import Worth
+from kvstore.writes import Writes
 
 
 class Store:
@@ -48,9 +50,15 @@ class Store:
         self.counters = self.placement.counters
         self.sessions = Sessions()
         self.holdings = Holdings(limits, self.sessions, self.placement, self.counters.limited)
-        self._reads = Reads(self.placement, self.sessions, self.holdings)
-        self._writes = Writes(self.placement, self.sessions, self.holdings, self._reads.note)
+        self._learning = Learning(self.placement)
+        self.observers = self._learning.observers
+        self.worth = Worth(self.room.dram.capacity_bytes, self.room.nvme.capacity_bytes)
+        self.observers.append(self.worth.observe)
+        note = self._learning.note
+        self._reads = Reads(self.placement, self.sessions, self.holdings, note)
+        self._writes = Writes(self.placement, self.sessions, self.holdings, self._learning)
         self.commit = self._writes.commit
+        self.reserve = self._writes.reserve
         self.abort = self._writes.abort
         self.acquire = self._reads.acquire
         self.release = self._reads.release
@@ -121,25 +129,6 @@ class Store:
             tiers.append(DRAM if flags[block] & READY else NVME)
         return bytes(tiers)
 
-    def reserve(
-        self,
-        session: Session,
-        entry: LayoutEntry,
-        keys: Sequence[bytes],
-        now: float,
-        *,
-        shard: int | None = None,
-        force: bool = False,
-        context: Sequence[bytes] = (),
-    ) -> Reserved:
-        """See Writes.reserve; that the keys were asked for is noted here."""
-        reserved = self._writes.reserve(
-            session, entry, keys, now, shard=shard, force=force, context=context
-        )
-        if reserved.chain:
-            self._reads.notes.append(reserved.chain)
-        return reserved
-
     def prefetch(self, entry: LayoutEntry, keys: Sequence[bytes], now: float) -> int:
         """Order the stored blocks of the longest resident prefix up; returns how many."""
         flags, pins, ordered = self.catalog.flags, self.catalog.pins, 0
@@ -164,12 +153,12 @@ class Store:
         self, entry: LayoutEntry, keys: Sequence[bytes], priority: int, until: float | None
     ) -> int:
         """Keep resident blocks from eviction; returns how many are kept."""
-        found = [entry.index[key] for key in keys if key in entry.index]
+        found = self._somewhere(entry, keys)
         return sum(self.room.retention.retain(block, priority, until) for block in found)
 
     def forget(self, entry: LayoutEntry, keys: Sequence[bytes]) -> int:
         """Drop blocks from all tiers; returns how many were there."""
-        found = [entry.index[key] for key in keys if key in entry.index]
+        found = self._somewhere(entry, keys)
         self._drop(found, "forgotten")
         return len(found)
 
@@ -177,10 +166,15 @@ class Store:
         """Drop every block; returns how many there were."""
         count = 0
         for entry in self.catalog.layouts:
-            found = list(entry.index.values())
+            found = self._somewhere(entry, list(entry.index))
             self._drop(found, "cleared")
             count += len(found)
+        self.catalog.forget_ghosts(0)
         return count
+
+    def _somewhere(self, entry: LayoutEntry, keys: Sequence[bytes]) -> list[int]:
+        flags, rows = self.catalog.flags, map(entry.index.get, keys)
+        return [block for block in rows if block is not None and flags[block]]
 
     def _drop(self, blocks: list[int], reason: str) -> None:
         self.room.doom(blocks, reason)
@@ -197,16 +191,7 @@ class Store:
 
     def digest(self, now: float) -> None:
         """Tell the policies of accesses since the last time; done after answering, never before."""
-        notes, self._reads.notes = self._reads.notes, []
-        keys, flags, dram = self.catalog.keys, self.catalog.flags, self.catalog.dram
-        for blocks in notes:
-            known = [block for block in blocks if keys[block] is not None]
-            if known:
-                self.placement.touch(known, now)
-                known.reverse()  # the leaf is the coldest
-                self.room.orders.touched += [dram[b] for b in known if flags[b] & READY]
-        self.catalog.recycle()
-        if notes:
+        if self._learning.digest(now):
             self.placement.pump(now)
 
     def tick(self, now: float) -> None:

@@ -20,8 +20,6 @@ from kvstore.busy_poll import BusyPoll
 from kvstore.config import Config
 from kvstore.disk import Disk, DiskConfig, adopt
 from kvstore.errors import AlreadyRunning, InvalidConfig
-from kvstore.eviction.base import Family, Independent
-from kvstore.eviction.lru import LRU
 from kvstore.front_door import FrontDoor
 from kvstore.hands import Door, Hands
 from kvstore.hatch import Hatch
@@ -30,13 +28,13 @@ from kvstore.leases import Session
 from kvstore.mover import Mover
 from kvstore.orders import Move, Outcome
 from kvstore.placement import PlacementConfig
+from kvstore.policies import FAMILIES
 from kvstore.processes import Processes
 from kvstore.service import Service, ServiceInfo
 from kvstore.store import Store
 from kvstore.turns import Share, Turns
 
 INDEX_CLOSE_S = 10.0
-POLICIES: dict[str, Callable[[], Family]] = {"lru": lambda: Independent(LRU)}
 
 log = structlog.get_logger()
 
@@ -114,7 +112,7 @@ class Tenant:
             hang_s=config.nvme.hang_timeout,
         )
         bounds = config.bounds(self._arena.capacity_bytes)
-        return Store(placement, bounds, POLICIES[config.eviction.effective_policy]())
+        return Store(placement, bounds, FAMILIES[config.eviction.effective_policy]())
 
     async def start(self) -> None:
         """Open the doors."""
@@ -199,6 +197,7 @@ class Tenant:
             self._hatch.close()
         if self._front_door is not None:
             await self._front_door.close()
+        self.service.recording.close()
         self.store.save_all(self._loop.time())
         while not self.service.idle() and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.01)

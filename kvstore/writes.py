@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from kvstore.catalog import DOOMED, LOADING, READY, STORED, WRITING, LayoutEntry
 from kvstore.holdings import Holdings
+from kvstore.learning import NO_HINTS, Hints, Learning, Offer
 from kvstore.leases import SEVERAL, Session, Sessions, WriteLease
 from kvstore.placement import Placement
 from kvstore.types import NVME
@@ -50,10 +51,10 @@ class Writes:
         placement: Placement,
         sessions: Sessions,
         holdings: Holdings,
-        note: Callable[[list[int]], None],
+        learning: Learning,
     ) -> None:
         self.placement = placement
-        self._note = note
+        self._learning = learning
         self.catalog = placement.catalog
         self.counters = placement.counters
         self.sessions = sessions
@@ -73,6 +74,7 @@ class Writes:
         shard: int | None = None,
         force: bool = False,
         context: Sequence[bytes] = (),
+        hints: Hints = NO_HINTS,
     ) -> Reserved:
         """Slots for those keys that are not here. Each new key is then being written by the caller.
 
@@ -92,8 +94,18 @@ class Writes:
             self._claim([entry.index[keys[at]] for at in claimed], shard)
         blocks = self._rows(entry, [keys[at] for at in fresh])
         flags, index = self.catalog.flags, entry.index
+        offer = Offer(
+            entry,
+            [*context, *keys] if context else keys,
+            len(context),
+            list(map(index.get, [*context, *keys])),
+            [len(context) + at for at in fresh],
+            hints,
+        )
         chain = [index[key] for key in context if key in index] + present
-        got = self._take(blocks, chain, now, force)
+        wanted = self._contested(offer, blocks, chain, now)
+        got = self._take(blocks[:wanted], chain, now, force)
+        del offer.fresh[got:]
         for at in fresh[got:]:
             status[at] = REFUSED
         self.holdings.give_back(session, entry, len(fresh) - got)
@@ -102,7 +114,9 @@ class Writes:
             flags[block] |= WRITING
             self.catalog.writers[block] = writer
         self._unrow(blocks[got:])
-        waiting = bool(fresh) and not got and not claimed and self.placement.room_will_come
+        waiting = bool(wanted) and not got and not claimed and self.placement.room_will_come
+        if not waiting or force:
+            self._learning.notes.append(offer)
         granted = blocks[:got]
         if shard is not None:
             self._claim(granted, shard)
@@ -149,7 +163,7 @@ class Writes:
         self.placement.publish(good, now)
         index = lease.entry.index
         if before := [index[key] for key in lease.after if key in index]:
-            self._note(before)  # what a block depends on stays warmer than the block
+            self.placement.warm(before, now)
         self.placement.store_through(good)
         self.placement.pump(now)
         self.counters.stored += len(good)
@@ -245,13 +259,30 @@ class Writes:
 
     def _rows(self, entry: LayoutEntry, keys: list[bytes]) -> list[int]:
         """Rows for new keys; a block that is on a fenced device keeps the row that it has."""
-        get, add = entry.index.get, self.catalog.add
-        return [get(key, -1) if key in entry.index else add(entry, key) for key in keys]
+        get, add, ghosts = entry.index.get, self.catalog.add, self.catalog.ghosts
+        rows = [get(key, -1) if key in entry.index else add(entry, key) for key in keys]
+        if ghosts:
+            for row in rows:
+                ghosts.pop(row, None)
+        return rows
 
     def _unrow(self, blocks: Sequence[int]) -> None:
-        unused = [block for block in blocks if not self.catalog.flags[block]]
-        self.catalog.hide(unused)
-        self.catalog.drop(unused)
+        self.placement.room.settle(blocks, "refused")
+
+    def _contested(self, offer: Offer, blocks: list[int], chain: list[int], now: float) -> int:
+        """How many leading ones of new blocks are worth a slot. Where NVMe takes what DRAM has no
+        room for, all are; and where nothing is known of the request that they are part of."""
+        room = self.placement.room
+        if not blocks or self.placement.health.ok or not room.family.contests:
+            return len(blocks)
+        asked = self._learning.going_on(offer.rows, offer.keys, offer.fresh[0])
+        if asked is None or len(blocks) <= room.dram.free(offer.entry.slot_bytes):
+            return len(blocks)
+        self._learning.born(offer.rows, offer.fresh, asked)
+        held = self.placement.protect(chain)
+        wanted = room.contest(offer.entry, blocks, now)
+        room.unpin(held)
+        return wanted
 
     def _reclaim(self, count: int) -> bool:
         """Give up blocks that nobody completes, at most `count`; False when there are none."""

@@ -25,6 +25,7 @@ class Verb(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     VERIFY: _ClassVar[Verb]
     SETTLE: _ClassVar[Verb]
     DRAIN: _ClassVar[Verb]
+    TRACE: _ClassVar[Verb]
 VERB_UNSPECIFIED: Verb
 ATTACH: Verb
 OPEN: Verb
@@ -42,6 +43,7 @@ CLEAR: Verb
 VERIFY: Verb
 SETTLE: Verb
 DRAIN: Verb
+TRACE: Verb
 
 class ErrorReply(_message.Message):
     __slots__ = ("error", "message")
@@ -374,3 +376,37 @@ class DrainReply(_message.Message):
     found: bool
     written: int
     def __init__(self, found: bool = ..., written: _Optional[int] = ...) -> None: ...
+
+class TraceRequest(_message.Message):
+    __slots__ = ("action", "path", "max_bytes")
+    class Action(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        SHOW: _ClassVar[TraceRequest.Action]
+        START: _ClassVar[TraceRequest.Action]
+        STOP: _ClassVar[TraceRequest.Action]
+    SHOW: TraceRequest.Action
+    START: TraceRequest.Action
+    STOP: TraceRequest.Action
+    ACTION_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    action: TraceRequest.Action
+    path: str
+    max_bytes: int
+    def __init__(self, action: _Optional[_Union[TraceRequest.Action, str]] = ..., path: _Optional[str] = ..., max_bytes: _Optional[int] = ...) -> None: ...
+
+class TraceReply(_message.Message):
+    __slots__ = ("recording", "path", "requests", "dropped", "bytes", "files")
+    RECORDING_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    recording: bool
+    path: str
+    requests: int
+    dropped: int
+    bytes: int
+    files: int
+    def __init__(self, recording: bool = ..., path: _Optional[str] = ..., requests: _Optional[int] = ..., dropped: _Optional[int] = ..., bytes: _Optional[int] = ..., files: _Optional[int] = ...) -> None: ...

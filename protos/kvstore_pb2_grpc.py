@@ -114,6 +114,11 @@ class KVStoreStub(object):
                 request_serializer=kvstore_dot_protos_dot_kvstore__pb2.DrainRequest.SerializeToString,
                 response_deserializer=kvstore_dot_protos_dot_kvstore__pb2.DrainReply.FromString,
                 _registered_method=True)
+        self.Trace = channel.unary_unary(
+                '/kvstore.v1.KVStore/Trace',
+                request_serializer=kvstore_dot_protos_dot_kvstore__pb2.TraceRequest.SerializeToString,
+                response_deserializer=kvstore_dot_protos_dot_kvstore__pb2.TraceReply.FromString,
+                _registered_method=True)
 
 
 class KVStoreServicer(object):
@@ -217,6 +222,12 @@ class KVStoreServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Trace(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KVStoreServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -299,6 +310,11 @@ def add_KVStoreServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=kvstore_dot_protos_dot_kvstore__pb2.DrainRequest.FromString,
                     response_serializer=kvstore_dot_protos_dot_kvstore__pb2.DrainReply.SerializeToString,
+            ),
+            'Trace': grpc.unary_unary_rpc_method_handler(
+                    servicer.Trace,
+                    request_deserializer=kvstore_dot_protos_dot_kvstore__pb2.TraceRequest.FromString,
+                    response_serializer=kvstore_dot_protos_dot_kvstore__pb2.TraceReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -733,6 +749,33 @@ class KVStore(object):
             '/kvstore.v1.KVStore/Drain',
             kvstore_dot_protos_dot_kvstore__pb2.DrainRequest.SerializeToString,
             kvstore_dot_protos_dot_kvstore__pb2.DrainReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Trace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstore.v1.KVStore/Trace',
+            kvstore_dot_protos_dot_kvstore__pb2.TraceRequest.SerializeToString,
+            kvstore_dot_protos_dot_kvstore__pb2.TraceReply.FromString,
             options,
             channel_credentials,
             insecure,

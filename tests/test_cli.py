@@ -242,6 +242,25 @@ def test_stats_for_people_show_the_same_numbers(daemon: Kvstored, client: Client
     assert all(line == line.rstrip() for line in done.stdout.splitlines())
 
 
+def test_stats_say_what_other_sizes_would_give(daemon: Kvstored, client: Client) -> None:
+    cache = fill(client, "what-if", 8)
+    names, into = hashes(8), [bytearray(BLOCK) for _ in range(9)]
+    cache.get([*names, b"absent!!" * 2], into)
+    done = kvstore("stats", "--what-if", "--socket", daemon.socket())
+    assert (done.returncode, done.stderr) == (0, "")
+    default = client.stats().tenants.default
+    rows = [line.split() for line in done.stdout.splitlines()]
+    for tier in ("dram", "nvme"):
+        for factor in ("0.5", "2", "4"):
+            assert any(row[:3] == [factor, "x", tier] for row in rows), done.stdout
+    assert "LRU order" in done.stdout and f"{default.ceiling_hit_ratio:.1%}" in done.stdout
+    now = [one for one in default.what_if if one["factor"] == 1.0]
+    assert [one["dram_bytes"] for one in now] == [default.tiers.dram.capacity_bytes] * 2
+    assert sum(default.blocks.miss_causes.values()) == default.blocks.miss
+    other = kvstore("--tenant", "other", "stats", "--what-if", "--socket", daemon.socket("other"))
+    assert "nothing was asked for yet" in other.stdout
+
+
 def test_stats_of_the_front_door(daemon: Kvstored) -> None:
     done = kvstore("stats", "--json", "--socket", daemon.socket().with_name("grpc.sock"))
     check_document(json.loads(done.stdout))

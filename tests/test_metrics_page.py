@@ -45,6 +45,12 @@ def test_the_metrics_page_tells_what_stats_tell() -> None:
     assert (
         value("kvstore_tier_capacity_bytes", tenant="default", tier="dram") == told.capacity_bytes
     )
+    causes = [s.value for s in samples if s.name == "kvstore_missed_blocks_total"]
+    assert sum(causes) == value("kvstore_blocks_miss_total", tenant="default") == 1
+    assert (
+        value("kvstore_ceiling_hit_ratio", tenant="default")
+        == tree.tenants.default["ceiling_hit_ratio"]
+    )
     evicted = "kvstore_tier_evicted_blocks_total"
     assert value(evicted, tenant="default", tier="dram", reason="cleared") == 4
     assert value(evicted, tenant="default", tier="nvme", reason="cleared") == 4

@@ -109,7 +109,9 @@ class Books:
         self.published += 1
 
     def _block(self, name: Name) -> int | None:
-        return self.store.catalog.layouts[name[0]].index.get(name[1])
+        catalog = self.store.catalog
+        block = catalog.layouts[name[0]].index.get(name[1])
+        return None if block in catalog.ghosts else block
 
     def is_true(self, name: Name, content: Bytes, floor: int) -> bool:
         """Whether these bytes were committed under the name, and after that step."""

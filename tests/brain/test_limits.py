@@ -65,6 +65,7 @@ def test_an_acquire_is_cut_and_says_no_room() -> None:
     assert desk.counters.asked == desk.counters.hit == 8, "the rest is asked for again"
     rest = desk.store.acquire(desk.client, entry, found[8:], NOW + 1)
     assert (len(rest.blocks), rest.stop, rest.answered) == (0, NO_ROOM, True)
+    desk.store.digest(NOW + 1)
     assert desk.counters.misses["no_room"] == 8
     assert len(desk.store.acquire(other, entry, found, NOW).blocks) == 8
     assert desk.store.release(desk.client, lease.number)

@@ -139,6 +139,7 @@ def test_a_late_answer_is_what_is_ready() -> None:
     desk.finish(key=0)
     desk.finish(key=2)
     desk.store.cut(lease, LATE)
+    desk.store.digest(desk.now)
     assert len(lease.blocks) == 1 and lease.stop == LATE and desk.counters.misses == {"late": 2}
     desk.finish_all()
     desk.store.check()

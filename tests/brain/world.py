@@ -278,18 +278,23 @@ class World(Books):
         until = None if ttl is None else self.now + ttl
         kept = self.store.retain(self.entries[number], keys, priority, until)
         assert kept <= len(keys)
-        names = {(number, key) for key in keys if key in self.entries[number].index}
+        names = {(number, key) for key in keys if self._block((number, key)) is not None}
         self.kept = self.kept | names if 0 < priority < 100 and ttl is None else self.kept - names
 
     def forget(self, number: int, keys: Sequence[bytes]) -> None:
-        known = [key for key in keys if key in self.entries[number].index]
+        known = [key for key in keys if self._block((number, key)) is not None]
         for key in known:
             self._forget((number, key))
         assert self.store.forget(self.entries[number], keys) == len(known)
         assert all(not self.store.lookup(self.entries[number], [key]) for key in keys)
 
     def clear(self) -> None:
-        known = [(entry.number, key) for entry in self.entries for key in entry.index]
+        known = [
+            (entry.number, key)
+            for entry in self.entries
+            for key in entry.index
+            if self._block((entry.number, key)) is not None
+        ]
         for name in known:
             self._forget(name)
         assert self.store.clear() == len(known)

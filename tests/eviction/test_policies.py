@@ -12,16 +12,29 @@ from typing import Any
 
 import pytest
 
+from kvstore.eviction.arc import ARC
 from kvstore.eviction.base import Policy
+from kvstore.eviction.fifo import FIFO
+from kvstore.eviction.lfu import LFU
 from kvstore.eviction.lru import LRU
+from kvstore.eviction.mq import GHOSTS, MQ
+from kvstore.eviction.s3fifo import S3FIFO
+from kvstore.eviction.wtinylfu import WTinyLFU
 
-FACTORIES: tuple[Callable[[], Policy], ...] = (LRU,)
+CAPACITY = 64
+# One that lives in a family is made by a function that tells the family of the keys first.
+FACTORIES: tuple[Callable[[int], Policy], ...] = (LRU, FIFO, LFU, S3FIFO, ARC, MQ, WTinyLFU)
 
 
 @pytest.fixture(params=FACTORIES, ids=lambda factory: factory.__name__.lower())
-def policy(request: pytest.FixtureRequest) -> Policy:
-    made: Policy = request.param()
+def make(request: pytest.FixtureRequest) -> Callable[[int], Policy]:
+    made: Callable[[int], Policy] = request.param
     return made
+
+
+@pytest.fixture
+def policy(make: Callable[[int], Policy]) -> Policy:
+    return make(CAPACITY)
 
 
 def order(policy: Policy, now: float = 9.0) -> list[int]:
@@ -98,6 +111,7 @@ def test_a_shared_prefix_outlives_its_branches(policy: Policy) -> None:
     for step, leaf in enumerate((30, 31, 32)):
         policy.admit([leaf], 1.0 + step)
         policy.touch([1, 2, leaf], 1.0 + step)
+        policy.warm([1, 2], 1.0 + step)
     named = order(policy)
     assert named.index(1) > named.index(2) > max(named.index(leaf) for leaf in (3, 30, 31))
 
@@ -121,6 +135,74 @@ def test_any_history_keeps_the_books(policy: Policy, seed: int) -> None:
         assert len(policy) == len(resident)
         assert sorted(order(policy, float(step))) == sorted(resident)
         assert all((key in policy) == (key in resident) for key in range(60))
+
+
+def test_what_has_to_stay_is_passed_by(policy: Policy) -> None:
+    policy.admit(range(40), 0.0)
+    policy.touch(range(10), 1.0)
+    named, victims = list[int](), policy.victims(9.0)
+    key = next(victims, None)
+    while key is not None:
+        named.append(key)
+        try:
+            key = victims.send(key % 3 == 0)
+        except StopIteration:
+            break
+    assert sorted(named) == list(range(40)) and len(policy) == 40
+
+
+@pytest.mark.parametrize("verb", ["warm", "defer"])
+def test_others_leave_before_what_was_warmed_or_deferred(policy: Policy, verb: str) -> None:
+    policy.admit([1, 2, 3, 4], 0.0)
+    policy.forget([4])
+    first = order(policy)[0]
+    if verb == "warm":
+        policy.warm([first], 1.0)
+    else:
+        policy.defer([first])
+    assert order(policy)[0] != first and len(policy) == 3
+
+
+def test_what_was_dropped_is_a_stranger(make: Callable[[int], Policy]) -> None:
+    """The number of a dropped block is given to another, which must not inherit its worth."""
+    old, new = make(CAPACITY), make(CAPACITY)
+    for policy in (old, new):
+        policy.admit(range(100, 140), 0.0)
+    for at in range(3):
+        old.admit([7], 1.0)
+        old.touch([7, 7, 7][:at], 1.0)
+        old.forget([7])
+    old.drop([7])
+    for policy in (old, new):
+        policy.admit([7], 2.0)
+        policy.admit(range(200, 210), 3.0)
+    assert order(old) == order(new)
+
+
+def remembered(thing: object, seen: set[int]) -> int:
+    """Entries in all containers below an object."""
+    if id(thing) in seen or isinstance(thing, int | float | str | bytearray):
+        return 0
+    seen.add(id(thing))
+    parts: list[Any] = list(getattr(thing, "__dict__", {}).values())
+    if isinstance(thing, dict):
+        parts += thing.values()
+    elif isinstance(thing, list | tuple):
+        parts += thing
+    elif hasattr(thing, "maxsize"):
+        return len(thing)  # type: ignore[arg-type]
+    count = len(thing) if isinstance(thing, dict) else 0
+    return count + sum(remembered(part, seen) for part in parts)
+
+
+def test_ghosts_are_bounded(policy: Policy) -> None:
+    for key in range(40 * CAPACITY):
+        policy.admit([key], float(key))
+        policy.touch([key], float(key))
+        if len(policy) > CAPACITY:
+            policy.forget(list(islice(policy.victims(0.0), 1)))
+    assert len(policy) == CAPACITY
+    assert remembered(policy, set()) <= (3 + GHOSTS) * CAPACITY
 
 
 class Counted(int):
@@ -203,3 +285,103 @@ def test_lru_beside_a_list(seed: int) -> None:
             known = [key for key in keys if key in model]
             model = [key for key in model if key not in known] + known[::-1]
         assert order(lru) == model
+
+
+# -- the others beside what is obviously right --------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_lfu_beside_a_sort(seed: int) -> None:
+    chance, lfu = random.Random(seed), LFU(20)
+    model: dict[int, tuple[int, int]] = {}  # count, when last
+    for step in range(400):
+        key = chance.randrange(30)
+        if key not in model:
+            lfu.admit([key], 0.0)
+            model[key] = (1, step)
+        elif chance.random() < 0.7:
+            lfu.touch([key], 0.0)
+            model[key] = (model[key][0] + 1, step)
+        else:
+            lfu.forget([key])
+            del model[key]
+        assert order(lfu) == sorted(model, key=model.__getitem__)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_arc_beside_four_lists(seed: int) -> None:
+    chance, room = random.Random(seed), 8
+    arc, target = ARC(room), 0.0
+    t1, t2, b1, b2 = list[int](), list[int](), list[int](), list[int]()
+    for _ in range(600):
+        key = min(chance.randrange(24), chance.randrange(24))
+        if key in t1 or key in t2:
+            arc.touch([key], 0.0)
+            (t1 if key in t1 else t2).remove(key)
+            t2.append(key)
+            continue
+        if len(t1) + len(t2) == room:
+            first, ghost = (t1, b1) if len(t1) > target or not t2 else (t2, b2)
+            assert order(arc)[0] == first[0]
+            arc.forget(first[:1])
+            ghost.append(first.pop(0))
+        b1[:] = b1[max(0, len(t1) + len(b1) - room) :]
+        if key in b1:
+            target = min(room, target + max(1.0, len(b2) / len(b1)))
+            b1.remove(key)
+            t2.append(key)
+        elif key in b2:
+            target = max(0.0, target - max(1.0, len(b1) / len(b2)))
+            b2.remove(key)
+            t2.append(key)
+        else:
+            t1.append(key)
+        arc.admit([key], 0.0)
+        b1[:] = b1[max(0, len(t1) + len(b1) - room) :]
+        b2[:] = b2[max(0, len(t1) + len(t2) + len(b1) + len(b2) - 2 * room) :]
+        assert sorted(order(arc)) == sorted(t1 + t2)
+
+
+def test_s3fifo_gives_a_second_chance_and_remembers_who_left_the_trial() -> None:
+    policy = S3FIFO(10)
+    for key in range(5):
+        policy.admit([key], 0.0)
+    policy.touch([0], 1.0)
+    policy.touch([0], 1.0)
+    assert order(policy) == [1, 2, 3, 4, 0]
+    policy.forget([1])
+    policy.admit([1], 2.0)
+    assert order(policy) == [2, 3, 4, 0, 1]
+
+
+def test_mq_lets_idle_blocks_sink() -> None:
+    policy = MQ(4)
+    policy.admit([1], 0.0)
+    policy.touch([1], 0.0)
+    policy.admit([2], 0.0)
+    assert order(policy) == [2, 1], "asked for twice"
+    for key in range(10, 30):
+        policy.admit([key], 0.0)
+    assert order(policy).index(1) < order(policy).index(29), "long ago"
+
+
+def test_wtinylfu_keeps_a_frequent_block_from_newcomers() -> None:
+    policy = WTinyLFU(4)
+    for key in range(4):
+        policy.admit([key], 0.0)
+    policy.touch([0, 1, 2], 0.0)
+    policy.admit([9], 1.0)
+    assert order(policy)[:2] == [3, 9]
+
+
+def test_wtinylfu_forgets_how_often_a_dropped_block_was_seen() -> None:
+    policy = WTinyLFU(4)
+    for at in range(3):
+        policy.admit([3], 0.0)
+        policy.forget([3])
+        if at == 2:
+            policy.drop([3])
+    policy.admit([0], 0.0)
+    policy.touch([0], 0.0)
+    policy.admit([3], 0.0)
+    assert order(policy)[0] == 3, "seen once, against twice"

@@ -1,0 +1,310 @@
+"""The blocks of one tier and slot size, and which of them is worth least: see `relevance`.
+
+    resident   it is in this tier
+    child      a resident block that depends on it, NONE for a leaf; more than one are in `_more`
+    queued     the cohort under which it stands in the heaps, if it is a leaf
+
+In the heaps are leaves, and what was a leaf once: whatever is taken out is looked at again.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Generator, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from kvstore.eviction.base import Victims
+from kvstore.eviction.columns import Columns
+from kvstore.eviction.hazard import Hazard
+
+NONE = -1
+DEFER_S = 1.0  # what could not leave is not named again for so long
+GAPS_LOOKED_AT = 16
+ENTRIES_PER_BLOCK = 4  # in the heaps, before they are made anew
+
+Entry = tuple[float, int, int]
+
+
+class Ranking:
+    """Residents, leaves by class, and what is of no use because what it depends on has gone."""
+
+    def __init__(
+        self, blocks: Columns, hazard: Hazard, others: list[Ranking], stranger: Any
+    ) -> None:
+        self._blocks = blocks
+        self._hazard = hazard
+        self._others = others  # of the same family, this one too
+        self._stranger = stranger  # called with keys that nobody has told of
+        self.columns = Columns(resident="B", child=("i", NONE), queued=("i", NONE))
+        self._count = 0
+        self._more: dict[int, dict[int, None]] = {}
+        self._old: dict[int, list[Entry]] = {}  # for each class, idle for longest first
+        self._young: dict[int, list[Entry]] = {}
+        self._entries = 0
+        self._gone: dict[int, None] = {}  # named, and not forgotten yet
+        self._aside: dict[int, None] = {}  # named, and stayed
+        self._deferred: list[int] = []
+        self._deferred_at = 0.0
+        self._gaps: dict[int, None] = {}  # not here, but resident blocks depend on it
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __contains__(self, key: int) -> bool:
+        return key < self.columns.size and bool(self.columns.resident[key])
+
+    def residents(self) -> Iterator[int]:
+        keys = np.flatnonzero(self.columns.array("resident"))
+        cohorts = self._blocks.array("cohort")[keys]
+        times = self._hazard.cohorts.array("time")[cohorts]
+        return iter(keys[np.lexsort((-self._blocks.array("depth")[keys], times))].tolist())
+
+    # -- what happens --------------------------------------------------------------------------
+
+    def admit(self, keys: Sequence[int], now: float) -> None:
+        self._settle()
+        self._stranger(keys)
+        self.columns.reserve(self._blocks.size)
+        resident, child, gaps = self.columns.resident, self.columns.child, self._gaps
+        for key in keys:
+            assert not resident[key], f"key {key} admitted twice"
+            resident[key] = 1
+            self._link(key)
+            if gaps:
+                for ranking in self._others:
+                    ranking.filled(key)
+        self._count += len(keys)
+        for key in keys:
+            if child[key] == NONE:
+                self._push(key)
+
+    def touch(self, keys: Sequence[int], now: float) -> None:
+        pass  # the family was told of the request
+
+    def warm(self, keys: Sequence[int], now: float) -> None:
+        pass  # nothing leaves before what depends on it
+
+    def defer(self, keys: Sequence[int]) -> None:
+        for key in keys:
+            self._aside.pop(key, None)
+        self._deferred += keys
+
+    def forget(self, keys: Sequence[int]) -> None:
+        columns = self.columns
+        resident = columns.resident
+        for key in keys:
+            if key >= columns.size or not resident[key]:
+                continue
+            resident[key] = 0
+            columns.queued[key] = NONE
+            self._count -= 1
+            if self._gone.pop(key, key) is not None:
+                self._unlink(key)
+            for ranking in self._others:
+                ranking.missing(key)
+
+    def drop(self, keys: Sequence[int]) -> None:
+        pass  # the family is told
+
+    # -- what the family tells -----------------------------------------------------------------
+
+    def moved(self, chain: np.ndarray[Any, np.dtype[np.int32]]) -> None:
+        """These blocks are of other cohorts now."""
+        columns = self.columns
+        columns.reserve(self._blocks.size)
+        columns.array("queued")[chain] = NONE
+        here = columns.array("resident")[chain] != 0
+        for key in chain[here & (columns.array("child")[chain] == NONE)].tolist():
+            self._push(key)
+
+    def unhang(self, keys: Sequence[int]) -> None:
+        """The parent of these is about to change."""
+        self._settle()
+        self.columns.reserve(self._blocks.size)
+        for key in keys:
+            if self.columns.resident[key]:
+                self._unlink(key)
+
+    def hang(self, keys: Sequence[int]) -> None:
+        """The parent of these has changed."""
+        for key in keys:
+            if self.columns.resident[key]:
+                self._link(key)
+
+    def missing(self, key: int) -> None:
+        """A block has left one of the tiers."""
+        if key < self.columns.size and self.columns.child[key] != NONE:
+            self._gaps[key] = None
+
+    def filled(self, key: int) -> None:
+        """A block has come to one of the tiers."""
+        self._gaps.pop(key, None)
+
+    def cut(self, key: int) -> None:
+        """A block that is not resident is not known any more: what hangs on it is a root."""
+        self._gaps.pop(key, None)
+        if key >= self.columns.size:
+            return
+        self._settle()
+        child = self.columns.child
+        while (orphan := child[key]) != NONE:
+            self._unlink(orphan)
+            self._blocks.parent[orphan] = NONE
+
+    # -- naming --------------------------------------------------------------------------------
+
+    def victims(self, now: float) -> Victims:
+        self._settle()
+        if self._deferred and now - self._deferred_at >= DEFER_S:
+            deferred, self._deferred, self._deferred_at = self._deferred, [], now
+            self._requeue(deferred)
+        if self._gaps:
+            yield from self._useless()
+        cohort = self._blocks.cohort
+        while (least := self._least(now)) is not None:
+            kind, heap, bound = least
+            while self._worth(kind, heap, now) <= bound and heap:
+                key = heapq.heappop(heap)[2]
+                self._entries -= 1
+                while True:
+                    of = cohort[key]
+                    key = yield from self._name(key)
+                    if key == NONE or cohort[key] != of:
+                        break  # else: the tail of a request leaves as one
+                if key != NONE:
+                    self._push(key)
+
+    def _name(self, key: int) -> Generator[int, bool | None, int]:
+        """Name a leaf. When it leaves, and what it depended on is a leaf then: that, else NONE."""
+        self.columns.queued[key] = NONE
+        self._aside[key] = None
+        if (yield key):
+            return NONE
+        del self._aside[key]
+        self._gone[key] = None
+        return self._take_off(key)
+
+    def _useless(self) -> Victims:
+        """Leaves that depend, by whatever way, on blocks that are in no tier."""
+        for gap in list(islice(self._gaps, GAPS_LOOKED_AT)):
+            del self._gaps[gap]
+            if any(gap in ranking for ranking in self._others):
+                continue
+            path = [gap]
+            stuck = False
+            while path and not stuck:
+                child = self.columns.child[path[-1]]
+                if child != NONE:
+                    path.append(child)
+                    continue
+                key = path.pop()
+                if path:
+                    yield from self._name(key)
+                    stuck = key in self._aside
+            if stuck:
+                self._gaps[gap] = None
+
+    def _least(self, now: float) -> tuple[int, list[Entry], float] | None:
+        """The class and end of the least worthy leaf, and how worthy the next best is."""
+        if self._entries > ENTRIES_PER_BLOCK * self._count + 1_024:
+            self._rebuild()
+        best, least, bound = None, float("inf"), float("inf")
+        for heaps in (self._old, self._young):
+            for kind in list(heaps):
+                heap = heaps[kind]
+                worth = self._worth(kind, heap, now)
+                if not heap:
+                    del heaps[kind]
+                elif worth < least:
+                    best, least, bound = (kind, heap), worth, least
+                else:
+                    bound = min(bound, worth)
+        return None if best is None else (*best, bound)
+
+    def _worth(self, kind: int, heap: list[Entry], now: float) -> float:
+        """What the first leaf is worth, after whatever is not one any more was taken away."""
+        cohorts, cohort = self._hazard.cohorts, self._blocks.cohort
+        queued, times, kinds = self.columns.queued, cohorts.time, cohorts.kind
+        while heap:
+            when, _, key = heap[0]
+            of = queued[key]
+            if of != NONE and of == cohort[key] and kinds[of] == kind and times[of] == abs(when):
+                if self.columns.child[key] == NONE:
+                    return self._hazard.worth(kind, max(0.0, now - abs(when)))
+                queued[key] = NONE
+            heapq.heappop(heap)
+            self._entries -= 1
+        return 0.0
+
+    def _push(self, key: int) -> None:
+        """A leaf takes part, under the cohort that it has now."""
+        of = self._blocks.cohort[key]
+        self.columns.queued[key] = of
+        cohorts = self._hazard.cohorts
+        kind, when, depth = cohorts.kind[of], cohorts.time[of], -self._blocks.depth[key]
+        heapq.heappush(self._old.setdefault(kind, []), (when, depth, key))
+        heapq.heappush(self._young.setdefault(kind, []), (-when, depth, key))
+        self._entries += 2
+
+    def _requeue(self, keys: Sequence[int]) -> None:
+        resident, child = self.columns.resident, self.columns.child
+        for key in keys:
+            if resident[key] and child[key] == NONE:
+                self._push(key)
+
+    def _rebuild(self) -> None:
+        self._old.clear()
+        self._young.clear()
+        self._entries = 0
+        columns = self.columns
+        here = columns.array("resident") != 0
+        waiting = set(self._deferred) | set(self._aside)
+        leaves = np.flatnonzero(here & (columns.array("child") == NONE)).tolist()
+        self._requeue([key for key in leaves if key not in waiting])
+
+    def _settle(self) -> None:
+        """What was named, and has not been forgotten, is as it was."""
+        if self._gone:
+            back, self._gone = list(self._gone), {}
+            for key in back:
+                self._link(key)
+            self._requeue(back)
+        if self._aside:
+            aside, self._aside = list(self._aside), {}
+            self._requeue(aside)
+
+    # -- who depends on whom -------------------------------------------------------------------
+
+    def _link(self, key: int) -> None:
+        parent = self._blocks.parent[key]
+        if parent == NONE:
+            return
+        child = self.columns.child
+        if child[parent] == NONE:
+            child[parent] = key
+        elif child[parent] != key:
+            self._more.setdefault(parent, {})[key] = None
+
+    def _unlink(self, key: int) -> None:
+        parent = self._take_off(key)
+        if parent != NONE:
+            self._push(parent)
+
+    def _take_off(self, key: int) -> int:
+        """Take a block off its parent: the parent, when it is a resident leaf then, else NONE."""
+        parent, child = self._blocks.parent[key], self.columns.child
+        if parent == NONE:
+            return NONE
+        more = self._more.get(parent)
+        if child[parent] == key:
+            child[parent] = NONE if more is None else more.popitem()[0]
+        elif more is not None:
+            more.pop(key, None)
+        if more is not None and not more:
+            del self._more[parent]
+        if child[parent] != NONE or not self.columns.resident[parent]:
+            return NONE
+        return int(parent)

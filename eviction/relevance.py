@@ -1,0 +1,232 @@
+"""Relevance: what leaves is the block with the least chance to be asked for again, for the time
+that it would stay. The default.
+
+It learns how reuse falls with idle time, from the requests that it sees. A request has a class: how
+much of it was new, how long ago the request was that it continues, and the hints that came with it.
+A block has the class of the request that asked for it last, and how often it was asked for; a block
+on which many different prompts build (a system prompt) has a class by the time between requests.
+For each class `kvstore.eviction.hazard` learns the worth of keeping a block at each age.
+
+Only leaves are evicted, blocks on which no other resident block depends. In each class the leaf
+that is idle for longest and the one idle for shortest compete; the least worthy of all leaves.
+What depends on a block that is not there is of no use until that comes back, and goes first.
+
+The index: J. C. Gittins, "Bandit Processes and Dynamic Allocation Indices", J. R. Stat. Soc. B
+41(2), 1979. Eviction by learned hazard of classes: N. Beckmann, D. Sanchez, "Maximizing Cache
+Performance Under Uncertainty", HPCA 2017. Classes and leaves: ours.
+
+Not where nothing can be learned, as in a scan: LRU then keeps the same and costs less.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from kvstore.eviction.base import Asked, Request
+from kvstore.eviction.columns import Columns
+from kvstore.eviction.hazard import Hazard
+from kvstore.eviction.ranking import NONE, Ranking
+
+Keys = np.ndarray[Any, np.dtype[np.int32]]
+
+FRESH_BOUNDS = (2, 4, 16)  # new blocks of a request
+GAP_BOUNDS_S = (15.0, 60.0, 240.0)  # since the request that it continues
+TOUCHES = (0, 1, 2, 3, 3, 4)  # what counts as how often; 0 is for the last block of a request
+TOUCHES_MAX = len(TOUCHES) - 1
+HUB_FAN = 16  # so many different continuations make a block a hub
+FAN_MAX = 255
+HINTS_MAX = 8  # combinations of hints that are told apart
+
+_GAPS = len(GAP_BOUNDS_S) + 2  # the first: it continues none
+_SHARES = max(TOUCHES) + 1
+_PER_HINT = (len(FRESH_BOUNDS) + 1) * _GAPS * _SHARES
+_HUBS = HINTS_MAX * _PER_HINT
+STRANGER = _HUBS + _GAPS  # no request is known, as for blocks found after a restart
+KINDS = STRANGER + 1
+
+
+class Relevance:
+    """A family of rankings, one for each tier and slot size, and what they learn together."""
+
+    contests = True
+
+    def __init__(self) -> None:
+        self.hazard = Hazard(KINDS)
+        self.blocks = Columns(cohort=("i", NONE), parent=("i", NONE), depth="i", fan="B", hub="B")
+        self._rankings: list[Ranking] = []
+        self._hints: dict[tuple[str, str], int] = {}
+        self._now = 0.0
+
+    def make(self, tier: int, capacity: int) -> Ranking:
+        ranking = Ranking(self.blocks, self.hazard, self._rankings, self._stranger)
+        self._rankings.append(ranking)
+        return ranking
+
+    def asked(self, request: Request) -> Asked:
+        self._now = now = request.now
+        chain = np.asarray(request.chain, np.int32)
+        self.blocks.reserve(max(request.chain, default=0) + 1)
+        strange = np.flatnonzero(self.blocks.array("cohort")[chain] == NONE)
+        if len(strange):
+            chain = chain[: strange[0]]
+        gap = self._gap(chain, now) if len(chain) else None
+        length = len(request.chain) + request.fresh
+        asked = Asked(self._request_kind(request, gap), length, now)
+        if len(chain):
+            self._touch(chain, asked, whole=not request.fresh)
+        self.hazard.note_request(now)
+        return asked
+
+    def born(self, parent: int, keys: Sequence[int], asked: Asked | None) -> None:
+        if not keys:
+            return
+        blocks = self.blocks
+        blocks.reserve(max(keys) + 1)
+        row = np.asarray(keys, np.int32)
+        self._place(parent, row)
+        unknown = row[blocks.array("cohort")[row] == NONE]
+        if not len(unknown):
+            return
+        blocks.array("fan")[unknown] = 1
+        blocks.array("hub")[unknown] = 0
+        if unknown[-1] == row[-1]:
+            blocks.fan[keys[-1]] = 0
+        begin, cohort = self.hazard.begin, blocks.array("cohort")
+        if asked is None:
+            cohort[unknown] = begin(STRANGER, 0, len(keys), len(unknown), self._now)
+            return
+        kind, length, now = asked
+        if len(unknown) > 1:
+            cohort[unknown[:-1]] = begin(kind + TOUCHES[1], 1, length, len(unknown) - 1, now)
+        cohort[unknown[-1:]] = begin(kind + TOUCHES[0], 1, length, 1, now)
+
+    def drop(self, keys: Sequence[int]) -> None:
+        blocks = self.blocks
+        for key in keys:
+            if key >= blocks.size or (cohort := blocks.cohort[key]) == NONE:
+                continue
+            self.hazard.end(cohort, 1, self._now, returned=False)
+            blocks.cohort[key] = NONE
+            for ranking in self._rankings:
+                ranking.cut(key)
+            blocks.parent[key] = NONE
+
+    def hinted(self, asked: Asked, chain: Sequence[int], reuse: str, tag: str) -> Asked:
+        kind = self._hint(reuse, tag) * _PER_HINT + asked.kind % _PER_HINT
+        by_cohort: dict[int, list[int]] = {}
+        cohort, cohorts = self.blocks.cohort, self.hazard.cohorts
+        for key in chain:
+            of = cohort[key] if key < self.blocks.size else NONE
+            if of != NONE and cohorts.time[of] == asked.now and cohorts.kind[of] < _HUBS:
+                by_cohort.setdefault(of, []).append(key)
+        for of, keys in by_cohort.items():
+            share, touches = cohorts.kind[of] % _SHARES, cohorts.touches[of]
+            self.hazard.end(of, len(keys), asked.now, returned=False)
+            new = self.hazard.begin(kind + share, touches, asked.length, len(keys), asked.now)
+            moved = np.asarray(keys, np.int32)
+            self.blocks.array("cohort")[moved] = new
+            for ranking in self._rankings:
+                ranking.moved(moved)
+        return asked._replace(kind=kind)
+
+    def likely(self, key: int, now: float, horizon_s: float, least: float) -> bool:
+        cohort = self.blocks.cohort[key] if key < self.blocks.size else NONE
+        if cohort == NONE:
+            return True
+        cohorts = self.hazard.cohorts
+        age = max(0.0, now - cohorts.time[cohort])
+        return self.hazard.chance(cohorts.kind[cohort], age, horizon_s) >= least
+
+    def idle_s(self, key: int, now: float) -> float:
+        cohort = self.blocks.cohort[key] if key < self.blocks.size else NONE
+        return 0.0 if cohort == NONE else float(now - self.hazard.cohorts.time[cohort])
+
+    def _stranger(self, keys: Sequence[int]) -> None:
+        """Some of these may never have been heard of, as after a restart."""
+        self.blocks.reserve(max(keys, default=0) + 1)
+        cohort = self.blocks.cohort
+        unknown = [key for key in keys if cohort[key] == NONE]
+        for key in unknown:
+            self.born(NONE, [key], None)
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _request_kind(self, request: Request, gap: float | None) -> int:
+        hint = self._hint(request.reuse, request.tag)
+        fresh = sum(request.fresh >= bound for bound in FRESH_BOUNDS)
+        return hint * _PER_HINT + (fresh * _GAPS + _gap_share(gap)) * _SHARES
+
+    def _hint(self, reuse: str, tag: str) -> int:
+        """The number of a combination of hints; those that come late share the last."""
+        if (reuse, tag) not in self._hints and len(self._hints) < HINTS_MAX:
+            self._hints[reuse, tag] = len(self._hints)
+        return self._hints.get((reuse, tag), HINTS_MAX - 1)
+
+    def _gap(self, chain: Keys, now: float) -> float | None:
+        """Seconds since the request that this one continues, None when it continues none: its known
+        blocks then are where prompts part, rather than the most of an earlier request."""
+        blocks, cohorts, end = self.blocks, self.hazard.cohorts, int(chain[-1])
+        if blocks.fan[end] >= HUB_FAN:
+            blocks.array("hub")[chain] = 1
+            return None
+        before = blocks.cohort[end]
+        length = cohorts.length[before]
+        if len(chain) >= length / 2 or length - len(chain) <= 3:
+            return float(now - cohorts.time[before])
+        return None
+
+    def _touch(self, chain: Keys, asked: Asked, *, whole: bool) -> None:
+        """Known blocks were asked for again: they move to new cohorts, run by run."""
+        hazard, column = self.hazard, self.blocks.array("cohort")
+        old, hub = column[chain], self.blocks.array("hub")[chain]
+        cut = np.flatnonzero((old[1:] != old[:-1]) | (hub[1:] != hub[:-1])) + 1
+        bounds = [0, *cut.tolist(), len(chain)]
+        if whole and bounds[-2] < len(chain) - 1:
+            bounds.insert(-1, len(chain) - 1)  # the last block of a request is of its own kind
+        kind, length, now = asked
+        runs: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for first, end in itertools.pairwise(bounds):
+            cohort = int(old[first])
+            touches = min(hazard.cohorts.touches[cohort] + 1, TOUCHES_MAX)
+            age = now - hazard.cohorts.time[cohort]
+            hazard.end(cohort, end - first, now, returned=True)
+            if whole and end == len(chain):
+                of = kind + TOUCHES[0]
+            elif hub[first]:
+                of = _HUBS + _gap_share(age)
+            else:
+                of = kind + TOUCHES[touches]
+            runs.setdefault((of, touches), []).append((first, end))
+        new = np.empty_like(old)
+        for (of, touches), parts in runs.items():
+            blocks = sum(end - first for first, end in parts)
+            cohort = hazard.begin(of, touches, length, blocks, now)
+            for first, end in parts:
+                new[first:end] = cohort
+        column[chain] = new
+        for ranking in self._rankings:
+            ranking.moved(chain)
+
+    def _place(self, parent: int, row: Keys) -> None:
+        """A chain hangs behind its parent."""
+        blocks, column = self.blocks, self.blocks.array("parent")
+        first = int(row[0])
+        parents = np.concatenate((np.array([parent], np.int32), row[:-1]))
+        if not np.array_equal(column[row], parents):
+            for ranking in self._rankings:
+                ranking.unhang(row[column[row] != parents].tolist())
+            column[row] = parents
+            for ranking in self._rankings:
+                ranking.hang(row.tolist())
+            if parent != NONE and blocks.cohort[first] == NONE and blocks.fan[parent] < FAN_MAX:
+                blocks.fan[parent] += 1
+        depth = blocks.depth[parent] + 1 if parent != NONE else 0
+        blocks.array("depth")[row] = np.arange(depth, depth + len(row))
+
+
+def _gap_share(gap: float | None) -> int:
+    return 0 if gap is None else 1 + sum(gap >= bound for bound in GAP_BOUNDS_S)

@@ -1,0 +1,247 @@
+"""What follows from a request once it was answered: policies learn, misses get a cause, and those
+who observe are told. Part of the brain.
+
+An engine asks for a prompt, and then offers what it had to compute, perhaps in several calls: all
+that is one request. It is known by the block behind which the next call will go on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from kvstore.accesses import Access, AccessKind, Observer
+from kvstore.catalog import READY, WRITING, LayoutEntry
+from kvstore.eviction.base import Asked, Request
+from kvstore.leases import ReadLease
+from kvstore.placement import Placement
+from kvstore.types import DRAM, NVME
+
+GOING_ON_MAX = 4_096  # requests of which more may come
+ROOT = -1
+ABSENT = 1  # why a grant ends: the next block is in no tier. The others are in `reads.STOP_NAMES`.
+GHOSTS_MIN, GHOSTS_MAX = 1_024, 1_000_000
+
+
+@dataclasses.dataclass(slots=True)
+class Hints:
+    """What a client may say about a request."""
+
+    reuse: str = "unknown"
+    finish_reason: str = ""
+    tag: str = ""
+
+    def __bool__(self) -> bool:
+        return self.reuse != "unknown" or bool(self.finish_reason or self.tag)
+
+    @property
+    def name(self) -> str:
+        """What tells classes of requests apart beside `reuse`."""
+        return f"{self.finish_reason}/{self.tag}" if self.finish_reason or self.tag else ""
+
+
+NO_HINTS = Hints()
+
+
+@dataclasses.dataclass(slots=True)
+class Offer:
+    """A reserve. `rows` are the blocks of its context and keys, None where there is none; `fresh`
+    the places in it of those that are new and got a slot."""
+
+    entry: LayoutEntry
+    keys: Sequence[bytes]
+    skip: int
+    rows: list[int | None]
+    fresh: list[int]
+    hints: Hints
+
+
+class Learning:
+    """Notes of what was asked, until they are digested."""
+
+    def __init__(self, placement: Placement) -> None:
+        self.placement = placement
+        self.catalog = placement.catalog
+        self.notes: list[ReadLease | Offer] = []
+        self.observers: list[Observer] = []
+        self._family = placement.room.family
+        self._going_on: dict[int | bytes, Asked] = {}
+
+    def note(self, note: ReadLease | Offer) -> None:
+        """Something was answered."""
+        self.notes.append(note)
+
+    def digest(self, now: float) -> bool:
+        """Done after answering, never before. Whether there was anything."""
+        notes, self.notes = self.notes, []
+        for note in notes:
+            if isinstance(note, ReadLease):
+                self._asked(note, now)
+            else:
+                self._offered(note, now)
+        room = self.placement.room
+        if self.catalog.ghosts:
+            self.catalog.forget_ghosts(self._ghosts_max())
+        if dropped := self.catalog.recycle():
+            room.family.drop(dropped)
+        return bool(notes)
+
+    def going_on(self, rows: Sequence[int | None], keys: Sequence[bytes], at: int) -> Asked | None:
+        """The request that goes on with the block at this place in the list, if one does."""
+        return self._going_on.get(_place(rows, keys, at))
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _ghosts_max(self) -> int:
+        """As many as the memory tier has blocks, four times, but for those that are on NVMe."""
+        room = self.placement.room
+        dram, nvme = room.resident(DRAM), room.resident(NVME)
+        return min(GHOSTS_MAX, max(GHOSTS_MIN, 4 * dram - nvme, (dram + nvme) // 4))
+
+    def _remember(self, place: int | bytes, asked: Asked) -> None:
+        going_on = self._going_on
+        going_on.pop(place, None)
+        going_on[place] = asked
+        if len(going_on) > 2 * GOING_ON_MAX:
+            for old in list(going_on)[:GOING_ON_MAX]:
+                del going_on[old]
+
+    def _asked(self, lease: ReadLease, now: float) -> None:
+        entry, keys, catalog = lease.entry, lease.keys, self.catalog
+        get, granted = entry.index.get, lease.ready
+        context = _known(entry, lease.context) if lease.context else []
+        complete = len(context) == len(lease.context)
+        chain = context + lease.blocks if complete else context
+        if complete and granted < len(keys):
+            for at in range(granted, len(keys)):
+                block = get(keys[at])
+                if block is None:
+                    break
+                chain.append(block)
+        chain = [block for block in chain if catalog.keys[block] is not None]
+        earlier = self._going_on.get(context[-1]) if context and complete else None
+        if earlier is None:
+            total = len(lease.context) + lease.asked
+            asked = self._family.asked(Request(chain, total - len(chain), now))
+            if chain:
+                self.placement.touch(chain, now)
+        else:
+            asked = earlier
+        there = len(context) + granted
+        if granted < len(keys) and there <= len(chain):
+            self._remember(chain[there - 1] if there else keys[0], asked)
+        used, flags, dram = self.placement.room.orders.touched, catalog.flags, catalog.dram
+        leaf_first = reversed(chain[:there])  # the leaf is the coldest
+        used += [dram[block] for block in leaf_first if flags[block] & READY]
+        self._count(lease)
+        if self.observers:
+            skip = len(lease.context)
+            self._tell(
+                Access(
+                    AccessKind.ASKED,
+                    entry,
+                    [*lease.context, *keys] if skip else keys,
+                    skip,
+                    now,
+                    granted=granted,
+                    nvme=lease.slow,
+                    missed=lease.missed,
+                    stop=lease.stop,
+                    tokens_per_s=lease.tokens_per_s,
+                )
+            )
+
+    def _count(self, lease: ReadLease) -> None:
+        """Each missed block has one cause."""
+        if not lease.missed:
+            return
+        misses, catalog = self.placement.counters.misses, self.catalog
+        if lease.stop != ABSENT:
+            misses[lease.why] += lease.missed
+            return
+        get, flags, ghosts = lease.entry.index.get, catalog.flags, catalog.ghosts
+        counted = 0
+        for key in lease.keys[lease.ready :]:
+            block = get(key)
+            if block is None:
+                misses["never_seen"] += 1
+            elif block in ghosts:
+                misses[ghosts[block]] += 1
+            elif flags[block] & WRITING:
+                misses["being_written"] += 1
+            else:
+                misses["behind"] += 1
+            counted += 1
+        misses["never_seen"] += lease.missed - counted
+
+    def _offered(self, offer: Offer, now: float) -> None:
+        rows, fresh, family = offer.rows, offer.fresh, self._family
+        if not rows:
+            return
+        first = fresh[0] if fresh else len(rows)
+        chain: list[int] = []
+        for block in rows[:first]:
+            if block is None or self.catalog.keys[block] is None:
+                break
+            chain.append(block)
+        asked = self.going_on(rows, offer.keys, first)
+        hints = offer.hints
+        if asked is None:
+            unknown = len(rows) - len(chain)
+            asked = family.asked(Request(chain, unknown, now, hints.reuse, hints.name))
+            if chain:
+                self.placement.touch(chain, now)
+                flags, dram = self.catalog.flags, self.catalog.dram
+                warm = reversed(chain)
+                self.placement.room.orders.touched += [dram[b] for b in warm if flags[b] & READY]
+        elif hints:
+            asked = family.hinted(asked, chain, hints.reuse, hints.name)
+        self.born(rows, fresh, asked)
+        self._remember(_place(rows, offer.keys, len(rows)), asked)
+        if self.observers:
+            self._tell(
+                Access(
+                    AccessKind.OFFERED,
+                    offer.entry,
+                    offer.keys,
+                    offer.skip,
+                    now,
+                    reuse=hints.reuse,
+                    tag=hints.name,
+                )
+            )
+
+    def born(self, rows: Sequence[int | None], fresh: Sequence[int], asked: Asked | None) -> None:
+        """Tell what the new blocks at these places continue, run by run."""
+        keys, run = self.catalog.keys, list[int]()
+        for at, following in zip(fresh, [*fresh[1:], ROOT], strict=False):
+            block = rows[at]
+            if block is not None and keys[block] is not None:
+                run.append(block)
+            if following == at + 1 or not run:
+                continue
+            parent = rows[at - len(run)] if at >= len(run) else None
+            self._family.born(ROOT if parent is None else parent, run, asked)
+            run = []
+
+    def _tell(self, access: Access) -> None:
+        for observe in self.observers:
+            observe(access)
+
+
+def _known(entry: LayoutEntry, keys: Sequence[bytes]) -> list[int]:
+    """The blocks of the longest prefix that is known."""
+    known: list[int] = []
+    for block in map(entry.index.get, keys):
+        if block is None:
+            break
+        known.append(block)
+    return known
+
+
+def _place(rows: Sequence[int | None], keys: Sequence[bytes], at: int) -> int | bytes:
+    """What names the place in a chain where the block comes that is at this place in the list."""
+    before = rows[at - 1] if at else None
+    if before is not None:
+        return before
+    return keys[at] if at < len(keys) else b""

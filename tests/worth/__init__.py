@@ -1,0 +1,1 @@
+"""What the store is worth: ceiling, curve and forecasts, against exact counts."""
