@@ -120,18 +120,11 @@ class Ranking:
         for key in chain[here & (columns.array("child")[chain] == NONE)].tolist():
             self._push(key)
 
-    def unhang(self, keys: Sequence[int]) -> None:
-        """The parent of these is about to change."""
-        self._settle()
+    def hang(self, keys: Sequence[int]) -> None:
+        """What these depend on is known now."""
         self.columns.reserve(self._blocks.size)
         for key in keys:
-            if self.columns.resident[key]:
-                self._unlink(key)
-
-    def hang(self, keys: Sequence[int]) -> None:
-        """The parent of these has changed."""
-        for key in keys:
-            if self.columns.resident[key]:
+            if self.columns.resident[key] and key not in self._gone:
                 self._link(key)
 
     def missing(self, key: int) -> None:
@@ -143,16 +136,18 @@ class Ranking:
         """A block has come to one of the tiers."""
         self._gaps.pop(key, None)
 
-    def cut(self, key: int) -> None:
-        """A block that is not resident is not known any more: what hangs on it is a root."""
+    def cut(self, key: int) -> list[int]:
+        """A block that is not resident is not known any more; what hangs on it here."""
         self._gaps.pop(key, None)
         if key >= self.columns.size:
-            return
+            return []
         self._settle()
         child = self.columns.child
-        while (orphan := child[key]) != NONE:
-            self._unlink(orphan)
-            self._blocks.parent[orphan] = NONE
+        orphans = list(self._more.pop(key, ()))
+        if child[key] != NONE:
+            orphans.append(child[key])
+            child[key] = NONE
+        return orphans
 
     # -- naming --------------------------------------------------------------------------------
 
@@ -279,8 +274,12 @@ class Ranking:
     # -- who depends on whom -------------------------------------------------------------------
 
     def _link(self, key: int) -> None:
-        parent = self._blocks.parent[key]
+        blocks = self._blocks
+        parent = blocks.parent[key]
         if parent == NONE:
+            return
+        if blocks.depth[parent] + 1 != blocks.depth[key]:
+            blocks.parent[key] = NONE  # what it continued was dropped while it was away
             return
         child = self.columns.child
         if child[parent] == NONE:

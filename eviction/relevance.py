@@ -39,6 +39,7 @@ TOUCHES = (0, 1, 2, 3, 3, 4)  # what counts as how often; 0 is for the last bloc
 TOUCHES_MAX = len(TOUCHES) - 1
 HUB_FAN = 16  # so many different continuations make a block a hub
 FAN_MAX = 255
+UNPLACED = 1 << 30  # the depth of a block of which it is not known what it continues
 HINTS_MAX = 8  # combinations of hints that are told apart
 
 _GAPS = len(GAP_BOUNDS_S) + 2  # the first: it continues none
@@ -56,7 +57,7 @@ class Relevance:
 
     def __init__(self) -> None:
         self.hazard = Hazard(KINDS)
-        self.blocks = Columns(cohort=("i", NONE), parent=("i", NONE), depth="i", fan="B", hub="B")
+        self.blocks = Columns(cohort=("i", NONE), parent=("i", NONE), depth=("i", UNPLACED), fan="B", hub="B")
         self._rankings: list[Ranking] = []
         self._hints: dict[tuple[str, str], int] = {}
         self._now = 0.0
@@ -68,11 +69,16 @@ class Relevance:
 
     def asked(self, request: Request) -> Asked:
         self._now = now = request.now
-        chain = np.asarray(request.chain, np.int32)
+        known = request.chain
+        if len(set(known)) < len(known):
+            known = list(dict.fromkeys(known))
+        chain = np.asarray(known, np.int32)
         self.blocks.reserve(max(request.chain, default=0) + 1)
         strange = np.flatnonzero(self.blocks.array("cohort")[chain] == NONE)
         if len(strange):
             chain = chain[: strange[0]]
+        if (self.blocks.array("depth")[chain] == UNPLACED).any():  # found after a restart
+            self._place(NONE, chain)
         gap = self._gap(chain, now) if len(chain) else None
         length = len(request.chain) + request.fresh
         asked = Asked(self._request_kind(request, gap), length, now)
@@ -85,9 +91,10 @@ class Relevance:
         if not keys:
             return
         blocks = self.blocks
-        blocks.reserve(max(keys) + 1)
+        blocks.reserve(max(parent, *keys) + 1)
         row = np.asarray(keys, np.int32)
-        self._place(parent, row)
+        if (blocks.array("depth")[row] == UNPLACED).any():
+            self._place(parent, row)
         unknown = row[blocks.array("cohort")[row] == NONE]
         if not len(unknown):
             return
@@ -112,8 +119,10 @@ class Relevance:
             self.hazard.end(cohort, 1, self._now, returned=False)
             blocks.cohort[key] = NONE
             for ranking in self._rankings:
-                ranking.cut(key)
+                for orphan in ranking.cut(key):
+                    blocks.parent[orphan] = NONE
             blocks.parent[key] = NONE
+            blocks.depth[key] = UNPLACED
 
     def hinted(self, asked: Asked, chain: Sequence[int], reuse: str, tag: str) -> Asked:
         kind = self._hint(reuse, tag) * _PER_HINT + asked.kind % _PER_HINT
@@ -150,8 +159,12 @@ class Relevance:
         self.blocks.reserve(max(keys, default=0) + 1)
         cohort = self.blocks.cohort
         unknown = [key for key in keys if cohort[key] == NONE]
-        for key in unknown:
-            self.born(NONE, [key], None)
+        if unknown:
+            row = np.asarray(unknown, np.int32)
+            self.blocks.array("cohort")[row] = self.hazard.begin(
+                STRANGER, 0, len(unknown), len(unknown), self._now
+            )
+            self.blocks.array("fan")[row] = self.blocks.array("hub")[row] = 0
 
     # -- inside --------------------------------------------------------------------------------
 
@@ -212,20 +225,27 @@ class Relevance:
             ranking.moved(chain)
 
     def _place(self, parent: int, row: Keys) -> None:
-        """A chain hangs behind its parent."""
-        blocks, column = self.blocks, self.blocks.array("parent")
-        first = int(row[0])
-        parents = np.concatenate((np.array([parent], np.int32), row[:-1]))
-        if not np.array_equal(column[row], parents):
-            for ranking in self._rankings:
-                ranking.unhang(row[column[row] != parents].tolist())
-            column[row] = parents
-            for ranking in self._rankings:
-                ranking.hang(row.tolist())
-            if parent != NONE and blocks.cohort[first] == NONE and blocks.fan[parent] < FAN_MAX:
-                blocks.fan[parent] += 1
-        depth = blocks.depth[parent] + 1 if parent != NONE else 0
-        blocks.array("depth")[row] = np.arange(depth, depth + len(row))
+        """Blocks whose place is not known hang behind those before them in the list.
+
+        A block's place never changes, and it has one before anything hangs behind it: whatever
+        lists are sent, blocks never depend on each other in a circle.
+        """
+        blocks, depths = self.blocks, self.blocks.array("depth")
+        free = depths[row] == UNPLACED
+        if parent != NONE and blocks.depth[parent] == UNPLACED:
+            blocks.depth[parent] = 0
+        before = np.concatenate((np.array([parent], np.int32), row[:-1]))
+        if free.all():
+            first = 0 if parent == NONE else blocks.depth[parent] + 1
+            depths[row] = np.arange(first, first + len(row))
+        else:
+            for key, ahead in zip(row[free].tolist(), before[free].tolist(), strict=True):
+                blocks.depth[key] = 0 if ahead == NONE else blocks.depth[ahead] + 1
+        blocks.array("parent")[row[free]] = before[free]
+        if parent != NONE and free[0] and blocks.fan[parent] < FAN_MAX:
+            blocks.fan[parent] += 1
+        for ranking in self._rankings:
+            ranking.hang(row[free].tolist())
 
 
 def _gap_share(gap: float | None) -> int:

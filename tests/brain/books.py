@@ -14,6 +14,7 @@ from kvstore.leases import ReadLease, Session, WriteLease
 from kvstore.orders import IndexPut, Move, MoveKind
 from kvstore.slots import NOBODY
 from kvstore.store import Store
+from tests.brain.rankings import check_family
 
 Token = tuple[bytes, int, int]  # key with layout, version, shard
 Name = tuple[int, bytes]  # layout number, key
@@ -140,6 +141,7 @@ class Books:
     def check(self) -> None:
         """Asserts all that must hold between calls."""
         self.store.check()
+        check_family(self.store.room.family)
         self._check_bytes()
         self._check_moves()
         self._check_dram()

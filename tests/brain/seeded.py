@@ -10,6 +10,7 @@ from kvstore.leases import Session
 from kvstore.limits import Limits
 from kvstore.orders import Outcome
 from kvstore.placement import PlacementConfig
+from kvstore.policies import FAMILIES
 from tests.brain.books import Reader
 from tests.brain.world import KEYS, PAGE, SHAPES, World, key_of
 
@@ -65,6 +66,7 @@ def make_world(
     queue: int,
     loads: int,
     leases: int,
+    family: str = "lru",
 ) -> World:
     """Tiers of some slabs. The smallest hold two blocks, so every shortage occurs."""
     config = PlacementConfig(
@@ -77,7 +79,8 @@ def make_world(
         queue_depth=queue,
         loads_max=loads,
     )
-    return World(config, Limits(leases_per_session=leases, sessions=4), layouts)
+    limits = Limits(leases_per_session=leases, sessions=4)
+    return World(config, limits, layouts, FAMILIES[family])
 
 
 def unanswered(world: World) -> list[Reader]:
@@ -108,6 +111,7 @@ class Seeded:
             queue=chance.randint(1, 4),
             loads=chance.choice((1, 4, 64)),
             leases=chance.choice((3, 30)),
+            family=chance.choice(("lru", "relevance", *FAMILIES)),
         )
         self.outcomes = OUTCOMES if chance.random() < 0.5 else (Outcome.DONE,)
         self.focus = chance.randrange(len(FOCUSES))

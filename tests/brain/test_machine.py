@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvstore.orders import Outcome
+from kvstore.policies import FAMILIES
 from tests.brain.seeded import (
     OUTCOMES,
     PRIORITIES,
@@ -55,6 +56,7 @@ class Machine(RuleBasedStateMachine):
         loads=st.integers(1, 8),
         leases=st.integers(2, 8),
         found=st.integers(0, 6),
+        family=st.sampled_from(["relevance", *FAMILIES]),
     )
     def begin(self, found: int, **sizes: object) -> None:
         self.world = make_world(**sizes)  # type: ignore[arg-type]

@@ -1,0 +1,46 @@
+"""Whether the books of `Relevance` are in order: looks at everything, and behind its back."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvstore.eviction.base import Family
+from kvstore.eviction.ranking import NONE, Ranking
+from kvstore.eviction.relevance import Relevance
+
+
+def check_family(family: Family) -> None:
+    """Asserts what must hold between calls."""
+    if not isinstance(family, Relevance):
+        return
+    cohort, hazard = family.blocks.array("cohort"), family.hazard
+    known = cohort[cohort != NONE]
+    alive = np.bincount(known, minlength=hazard.cohorts.size)
+    assert (alive == hazard.cohorts.array("alive")).all(), "cohorts and their blocks disagree"
+    for ranking in family._rankings:
+        _check_ranking(family, ranking)
+
+
+def _check_ranking(family: Relevance, ranking: Ranking) -> None:
+    columns, parent = ranking.columns, family.blocks.parent
+    residents = np.flatnonzero(columns.array("resident")).tolist()
+    assert len(ranking) == len(residents)
+    children: dict[int, set[int]] = {}
+    for key in residents:
+        assert family.blocks.cohort[key] != NONE, f"{key} is resident and has no cohort"
+        if parent[key] != NONE and key not in ranking._gone:
+            children.setdefault(parent[key], set()).add(key)
+    for key in range(columns.size):
+        linked = set(ranking._more.get(key, ()))
+        if columns.child[key] != NONE:
+            linked.add(columns.child[key])
+        else:
+            assert not linked
+        assert linked == children.get(key, set()), f"children of {key}"
+    waiting = {*ranking._gone, *ranking._aside, *ranking._deferred}
+    entries = {entry[2] for heap in ranking._old.values() for entry in heap}
+    young = {entry[2] for heap in ranking._young.values() for entry in heap}
+    for key in residents:
+        if columns.child[key] == NONE and key not in waiting:
+            assert columns.queued[key] == family.blocks.cohort[key], f"leaf {key} is not queued"
+            assert key in entries and key in young, f"leaf {key} is in no heap"
