@@ -57,7 +57,9 @@ class Relevance:
 
     def __init__(self) -> None:
         self.hazard = Hazard(KINDS)
-        self.blocks = Columns(cohort=("i", NONE), parent=("i", NONE), depth=("i", UNPLACED), fan="B", hub="B")
+        self.blocks = Columns(
+            cohort=("i", NONE), parent=("i", NONE), depth=("i", UNPLACED), fan="B", hub="B"
+        )
         self._rankings: list[Ranking] = []
         self._hints: dict[tuple[str, str], int] = {}
         self._now = 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from kvstore.catalog import LayoutEntry
 
@@ -14,6 +15,36 @@ class AccessKind(enum.Enum):
 
     ASKED = "asked"  # acquire
     OFFERED = "offered"  # reserve
+
+
+REUSES = ("unknown", "continue", "done")  # by their numbers on the wire
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Hints:
+    """What a client may say about a request: whether it will come back, why it ended, and its own
+    name for such requests."""
+
+    reuse: str = "unknown"
+    finish_reason: str = ""
+    tag: str = ""
+
+    @classmethod
+    def of(cls, message: Any) -> Hints:
+        """The hints of a message of the wire; a number that is not known says nothing."""
+        reuse = REUSES[message.reuse] if 0 <= message.reuse < len(REUSES) else REUSES[0]
+        return cls(reuse, message.finish_reason, message.tag)
+
+    def __bool__(self) -> bool:
+        return self != NO_HINTS
+
+    @property
+    def name(self) -> str:
+        """What tells classes of requests apart beside `reuse`."""
+        return f"{self.finish_reason}/{self.tag}" if self.finish_reason or self.tag else ""
+
+
+NO_HINTS = Hints()
 
 
 @dataclasses.dataclass(slots=True)

@@ -187,7 +187,7 @@ def default_policy() -> str:
     """What a daemon does that nobody has configured."""
     from kvstore.config import Eviction
 
-    policy = Eviction().effective_policy
+    policy = Eviction().policy
     return policy if policy in FAMILIES else "lru"
 
 
@@ -246,7 +246,7 @@ def _configured(path: Path, tenant: str) -> tuple[Sizes, str]:
             write_policy=config.nvme.write_policy,
             write_budget=config.nvme.write_budget,
         ),
-        config.eviction.effective_policy,
+        config.eviction.policy,
     )
 
 

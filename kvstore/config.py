@@ -154,13 +154,10 @@ class Hbm(Section):
 class Eviction(Section):
     """What leaves when room is short."""
 
-    policy: Literal["lru", "relevance"] = "relevance"
+    policy: Literal["relevance", "lru", "arc", "fifo", "lfu", "mq", "s3fifo", "wtinylfu"] = (
+        "relevance"  # what it learns is worth its memory, see docs/operating.md
+    )
     idle_after: Seconds = 600.0  # a conversation's pause is shorter
-
-    @property
-    def effective_policy(self) -> str:
-        """The policy that runs: "relevance" is not in this build yet."""
-        return "lru"
 
 
 class Metrics(Section):
@@ -301,8 +298,6 @@ class Config(Section):
             for key, size, part, path in self._places()
             if room(path)[0] and room(path)[1] < part
         ]
-        if self.eviction.policy == "relevance" and "policy" in self.eviction.model_fields_set:
-            found.append("eviction.policy = 'relevance': not in this build yet: lru runs instead")
         if self.faults.plan:
             found.append("[faults] is set: NVMe operations fail on purpose: for soak runs only")
         return found
@@ -313,7 +308,7 @@ class Config(Section):
         for key, value in _flat(self).items():
             text = format_size(value) if key.endswith(".size") else getattr(value, "text", value)
             lines.append(f"  {key} = {_UNSET.get(key, 'the rest') if text is None else text}")
-        policy, slab = self.eviction.effective_policy, format_size(self.slab_bytes)
+        policy, slab = self.eviction.policy, format_size(self.slab_bytes)
         lines.append(f"eviction by {policy}, slabs of {slab}")
         return "\n".join(lines) + "".join(
             f"\ntenant {name}: dram {format_size(self.tenant_dram_bytes(name))}, nvme "

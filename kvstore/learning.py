@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from kvstore.accesses import Access, AccessKind, Observer
+from kvstore.accesses import Access, AccessKind, Hints, Observer
 from kvstore.catalog import READY, WRITING, LayoutEntry
 from kvstore.eviction.base import Asked, Request
 from kvstore.leases import ReadLease
@@ -24,26 +24,6 @@ GHOSTS_MIN, GHOSTS_MAX = 1_024, 1_000_000
 
 
 @dataclasses.dataclass(slots=True)
-class Hints:
-    """What a client may say about a request."""
-
-    reuse: str = "unknown"
-    finish_reason: str = ""
-    tag: str = ""
-
-    def __bool__(self) -> bool:
-        return self.reuse != "unknown" or bool(self.finish_reason or self.tag)
-
-    @property
-    def name(self) -> str:
-        """What tells classes of requests apart beside `reuse`."""
-        return f"{self.finish_reason}/{self.tag}" if self.finish_reason or self.tag else ""
-
-
-NO_HINTS = Hints()
-
-
-@dataclasses.dataclass(slots=True)
 class Offer:
     """A reserve. `rows` are the blocks of its context and keys, None where there is none; `fresh`
     the places in it of those that are new and got a slot."""
@@ -54,6 +34,21 @@ class Offer:
     rows: list[int | None]
     fresh: list[int]
     hints: Hints
+
+    @classmethod
+    def of(
+        cls,
+        entry: LayoutEntry,
+        context: Sequence[bytes],
+        keys: Sequence[bytes],
+        fresh: Sequence[int],
+        hints: Hints,
+    ) -> Offer:
+        """`fresh` are places in `keys`. All new blocks have their rows."""
+        everything = [*context, *keys] if context else keys
+        skip = len(context)
+        rows = list(map(entry.index.get, everything))
+        return cls(entry, everything, skip, rows, [skip + at for at in fresh], hints)
 
 
 class Learning:

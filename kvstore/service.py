@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import structlog
 
 from kvstore import types
+from kvstore.accesses import Hints
 from kvstore.catalog import LayoutEntry
 from kvstore.drains import Drains
 from kvstore.errors import (
@@ -30,7 +31,6 @@ from kvstore.errors import (
     SessionLost,
     TooLarge,
 )
-from kvstore.learning import NO_HINTS, Hints
 from kvstore.leases import ReadLease, Session
 from kvstore.orders import IndexPut, Move, MoveKind, Outcome
 from kvstore.parking import LATER, Parking, bounded
@@ -305,8 +305,7 @@ class Service:
         if not request.ttl_s >= 0:
             raise InvalidRequest(f"ttl_s is {request.ttl_s}: give seconds, 0 for ever")
         until = self._now() + request.ttl_s if request.ttl_s > 0 else None
-        kept = self.store.retain(entry, keys, request.priority, until)
-        return pb.RetainReply(retained=kept)
+        return pb.RetainReply(retained=self.store.retain(entry, keys, request.priority, until))
 
     def _forget(self, session: Session, request: Any, answer: Answer) -> Any:
         self.requests["forget"] += 1
@@ -402,7 +401,7 @@ class Service:
             shard=shard,
             force=last,
             context=keys[:skip] or ([request.parent] if request.parent else ()),
-            hints=_hints(request.hints) if request.HasField("hints") else NO_HINTS,
+            hints=Hints.of(request.hints),
         )
         return None if reserved.waiting and not last else self._reserved(request, reserved)
 
@@ -499,8 +498,3 @@ class Service:
             )
         elif ok and not was_ok:
             log.warning("NVMe tier works again", tenant=self.info.tenant)
-
-
-def _hints(hints: Any) -> Hints:
-    reuse = pb.Hints.Reuse.Name(hints.reuse).lower() if hints.reuse in (1, 2) else "unknown"
-    return Hints(reuse, hints.finish_reason, hints.tag)

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from kvstore.accesses import NO_HINTS, Hints
 from kvstore.catalog import LayoutEntry
 from kvstore.counters import Counters
 from kvstore.errors import InvalidRequest
 from kvstore.eviction.base import Family
-from kvstore.learning import NO_HINTS, Hints
 from kvstore.leases import ReadLease
 from kvstore.limits import Limits
 from kvstore.orders import Move, MoveKind, Outcome

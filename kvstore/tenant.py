@@ -112,7 +112,7 @@ class Tenant:
             hang_s=config.nvme.hang_timeout,
         )
         bounds = config.bounds(self._arena.capacity_bytes)
-        return Store(placement, bounds, FAMILIES[config.eviction.effective_policy]())
+        return Store(placement, bounds, FAMILIES[config.eviction.policy]())
 
     async def start(self) -> None:
         """Open the doors."""

@@ -6,9 +6,10 @@ import dataclasses
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
+from kvstore.accesses import NO_HINTS, Hints
 from kvstore.catalog import DOOMED, LOADING, READY, STORED, WRITING, LayoutEntry
 from kvstore.holdings import Holdings
-from kvstore.learning import NO_HINTS, Hints, Learning, Offer
+from kvstore.learning import Learning, Offer
 from kvstore.leases import SEVERAL, Session, Sessions, WriteLease
 from kvstore.placement import Placement
 from kvstore.types import NVME
@@ -86,22 +87,15 @@ class Writes:
         claimed, fresh, present = self._sort_keys(entry, keys, shard, status)
         if claimed or fresh:
             self.holdings.check_leases(session)
-            wanted = len(claimed) + len(fresh)
-            allowed = self.holdings.allow(session, entry, wanted, now)
-            if allowed < wanted:
+            count = len(claimed) + len(fresh)
+            allowed = self.holdings.allow(session, entry, count, now)
+            if allowed < count:
                 claimed, fresh = _refuse_tail(claimed, fresh, allowed, status)
         if shard is not None:  # before making room: what is claimed is not given up
             self._claim([entry.index[keys[at]] for at in claimed], shard)
         blocks = self._rows(entry, [keys[at] for at in fresh])
         flags, index = self.catalog.flags, entry.index
-        offer = Offer(
-            entry,
-            [*context, *keys] if context else keys,
-            len(context),
-            list(map(index.get, [*context, *keys])),
-            [len(context) + at for at in fresh],
-            hints,
-        )
+        offer = Offer.of(entry, context, keys, fresh, hints)
         chain = [index[key] for key in context if key in index] + present
         wanted = self._contested(offer, blocks, chain, now)
         got = self._take(blocks[:wanted], chain, now, force)

@@ -32,6 +32,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "holdings",
             "index",
             "index_reader",
+            "learning",
             "leases",
             "limits",
             "orders",
