@@ -104,6 +104,9 @@ class Family(Protocol):
     def drop(self, keys: Sequence[int]) -> None:
         """As for Policy; told once for all."""
 
+    def reused(self, key: int) -> bool:
+        """Whether a known key was asked for more than once, as far as can be told."""
+
     def likely(self, key: int, now: float, horizon_s: float, least: float) -> bool:
         """Whether a known key has at least that chance to be asked for within that time, as far as
         can be told."""
@@ -138,6 +141,9 @@ class Independent:
     def drop(self, keys: Sequence[int]) -> None:
         for policy in self._made:
             policy.drop(keys)
+
+    def reused(self, key: int) -> bool:
+        return True
 
     def likely(self, key: int, now: float, horizon_s: float, least: float) -> bool:
         return True

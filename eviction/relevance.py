@@ -144,6 +144,10 @@ class Relevance:
                 ranking.moved(moved)
         return asked._replace(kind=kind)
 
+    def reused(self, key: int) -> bool:
+        cohort = self.blocks.cohort[key] if key < self.blocks.size else NONE
+        return cohort == NONE or self.hazard.cohorts.touches[cohort] > 1
+
     def likely(self, key: int, now: float, horizon_s: float, least: float) -> bool:
         cohort = self.blocks.cohort[key] if key < self.blocks.size else NONE
         if cohort == NONE:

@@ -9,6 +9,7 @@ import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
+from kvstore.admission import Admission
 from kvstore.catalog import (
     DOOMED,
     FRESH,
@@ -28,6 +29,8 @@ from kvstore.slots import Slots
 from kvstore.types import DRAM, NVME
 
 DRAIN_TRIES = 16
+SCARCE, ENOUGH = 1 / 16, 1 / 8  # shares of DRAM that are free: idle blocks leave between them
+DEMOTED_MAX = 1_024  # in one go
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,8 @@ class PlacementConfig:
 
     nvme_bytes 0 means that there is no NVMe tier. `write_budget` is in bytes per second, None for
     no bound. `spread` is the number of NVMe devices. `queue_depth` bounds spills under way. A
-    device that has ended no move for `hang_s`, though some are under way, counts as failed.
+    device that has ended no move for `hang_s`, though some are under way, counts as failed. Blocks
+    that were not asked for in `idle_s` make room before it is needed, 0: none do.
     """
 
     dram_bytes: int
@@ -48,6 +52,7 @@ class PlacementConfig:
     queue_depth: int = 32
     loads_max: int = 4_096
     hang_s: float = 10.0
+    idle_s: float = 0.0
 
 
 class Placement:
@@ -74,6 +79,8 @@ class Placement:
         self._slotless = 0  # tries in a row that found no slot on NVMe
         self._again: list[int] = []  # could not be written; tried again at the next tick
         self.scrub = Scrub(self.room)
+        self._admission = Admission(family)
+        self.room.worth_saving = self._worth_saving
         self._checks = 0  # moves that read NVMe slots in order to check them
         self._moved_at = 0.0  # when a move last ended, or the first of those under way began
         self._budget_at = 0.0
@@ -203,7 +210,8 @@ class Placement:
         flags = self.catalog.flags
         while self._backlog and self.spills < self.config.queue_depth and self.health.ok:
             block = self._backlog[0]
-            if not self._may_spill(block):
+            scarce = self.config.write_budget is not None
+            if not self._may_spill(block) or (scarce and not self._worth_saving(block, now)):
                 self._backlog.popleft()
                 continue
             if not self._afford(block, now):
@@ -272,6 +280,7 @@ class Placement:
         if self.health.ok:
             self._backlog.extend(self._again)
         self._again.clear()
+        self._demote_idle(now)
         self.pump(now)
         self.scrub.tick()
 
@@ -312,6 +321,33 @@ class Placement:
             ):
                 return
 
+    def _worth_saving(self, block: int, now: float) -> bool:
+        """Whether a block that leaves DRAM is worth its write. Through, everything is, as far as
+        the budget goes."""
+        rate = self.config.write_budget
+        if rate is None and self.write_policy != "on-evict":
+            return True
+        full = None
+        if rate is not None:
+            self._refill(now)
+            full = self._budget / self._budget_most(rate)
+        return self._admission.admits(block, now, self.room.stay_s[NVME], full)
+
+    def _demote_idle(self, now: float) -> None:
+        """Idle blocks leave DRAM while there still are free slots, so that there always are."""
+        if not self.config.idle_s or not self.health.ok:
+            return
+        dram = self.room.dram
+        for slot_bytes in self.room.slot_sizes(DRAM):
+            capacity = dram.capacity(slot_bytes)
+            if dram.free(slot_bytes) > capacity * SCARCE:
+                continue
+            count = min(DEMOTED_MAX, int(capacity * ENOUGH) - dram.free(slot_bytes))
+            if count > 0:
+                self.room.demote(slot_bytes, count, now, self.config.idle_s)
+                unsaved, self.room.unsaved = self.room.unsaved, []
+                self._save(unsaved, now)
+
     def _may_spill(self, block: int) -> bool:
         """Whether there is something to copy; blocks in a queue may have changed since."""
         flags = self.catalog.flags[block]
@@ -323,11 +359,18 @@ class Placement:
         rate = self.config.write_budget
         if rate is None:
             return True
-        size = self.catalog.entry(block).slot_bytes
-        most = max(rate * 60.0, float(size))  # a minute's worth may be saved up
-        self._budget = min(most, self._budget + (now - self._budget_at) * rate)
+        self._refill(now)
+        return self._budget >= self.catalog.entry(block).slot_bytes
+
+    def _budget_most(self, rate: float) -> float:
+        """A minute's worth may be saved up, and any one block can be paid for."""
+        return max(rate * 60.0, float(self.config.slab_bytes))
+
+    def _refill(self, now: float) -> None:
+        rate = self.config.write_budget or 0.0
+        fresh = self._budget + (now - self._budget_at) * rate
+        self._budget = min(self._budget_most(rate), fresh)
         self._budget_at = now
-        return self._budget >= size
 
     def _must_save(self) -> tuple[int, int]:
         """Which blocks in DRAM are to be copied to NVMe before they may leave: a mask of flags,

@@ -37,6 +37,9 @@ from kvstore.retention import Retention
 from kvstore.slots import Slots
 from kvstore.types import DRAM, NVME
 
+STAY_S = 86_400.0  # taken for granted until room was made once
+STAY_SHARE = 0.05  # of the newest, in the moving average of stays
+BUSY_MAX = 64  # blocks met that are not idle, until no more are looked for
 LOOKED_AT_MAX = 4_096  # blocks passed over while looking for victims in one call
 UNSAVED_MAX = 64  # of them, blocks whose copy on NVMe is still due
 SLAB_SCAN_S = 1.0  # how often slabs of other sizes are compared with ours
@@ -67,6 +70,8 @@ class Room:
         self.orders = Orders()
         self.unsaved: list[int] = []
         self.reasons = {DRAM: "room", NVME: "room"}  # as which it counts that blocks made room
+        # How long blocks that make room there were not asked for, of late.
+        self.stay_s = {DRAM: STAY_S, NVME: STAY_S}
         # Whether a block that leaves DRAM is worth its write to NVMe.
         self.worth_saving: Callable[[int, float], bool] = lambda block, now: True
         self._must_save = must_save
@@ -304,13 +309,40 @@ class Room:
             if left := self._take_over(tier, slot_bytes, now, force=force):
                 return left
         taken = self._pick(tier, self.policy(tier, slot_bytes), short, now, force)
+        if taken:
+            self._note_stay(tier, self.family.idle_s(taken[0], now))
         self.leave(tier, taken, self.reasons[tier])
         if taken or self.unsaved:
             return len(taken)
         return self._take_over(tier, slot_bytes, now, force=force, desperate=True)
 
-    def _pick(self, tier: int, policy: Policy, short: int, now: float, force: bool) -> list[int]:
-        """Blocks that may leave a tier now, least valuable first; at most `short`."""
+    def _note_stay(self, tier: int, stay_s: float) -> None:
+        known = self.stay_s[tier]
+        self.stay_s[tier] = stay_s if known == STAY_S else known + STAY_SHARE * (stay_s - known)
+
+    def demote(self, slot_bytes: int, count: int, now: float, idle_s: float) -> int:
+        """Let blocks that nobody asked for in so long leave DRAM for NVMe before there is need;
+        returns how many left. The copies of others that would leave are `unsaved`."""
+        policy = self.policy(DRAM, slot_bytes)
+        taken = self._pick(DRAM, policy, count, now, force=False, idle_s=idle_s)
+        self.leave(DRAM, taken, "idle")
+        return len(taken)
+
+    def slot_sizes(self, tier: int) -> list[int]:
+        """The slot sizes of which there were blocks in a tier."""
+        return [size for of, size in self._policies if of == tier]
+
+    def _pick(
+        self,
+        tier: int,
+        policy: Policy,
+        short: int,
+        now: float,
+        force: bool,
+        idle_s: float = 0.0,
+    ) -> list[int]:
+        """Blocks that may leave a tier now, least valuable first; at most `short`. With `idle_s`,
+        only those that were not asked for in so long."""
         pins, flags, busy = self.catalog.pins, self.catalog.flags, self._busy
         keeps = self.retention.keeps if len(self.retention) else None
         mask, due = (0, 1) if force or tier == NVME else self._must_save()
@@ -319,6 +351,7 @@ class Room:
         unsaved: list[int] = []
         retained: list[int] = []
         victims, looked_at, worth = policy.victims(now), 0, self.worth_saving
+        busy_left, idle_of = BUSY_MAX, self.family.idle_s
         block = next(victims, None)
         while block is not None:
             stays = True
@@ -328,6 +361,10 @@ class Room:
             elif pins[block] or block in busy:
                 if not flags[block] & SPILLING:
                     held.append(block)
+            elif idle_s and idle_of(block, now) < idle_s:
+                busy_left -= 1
+                if not busy_left:
+                    break
             elif flags[block] & mask == due and worth(block, now):
                 stays = False  # it leaves as soon as it is saved
                 unsaved.append(block)

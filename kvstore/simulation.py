@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from kvstore.accesses import NO_HINTS, Hints
+from kvstore.accesses import Hints
 from kvstore.catalog import LayoutEntry
 from kvstore.counters import Counters
 from kvstore.errors import InvalidRequest
@@ -73,7 +73,7 @@ class Played:
 @dataclasses.dataclass(slots=True, eq=False)
 class _Prompt:
     """A request for blocks under way. keys[:done] need no more asking; what is missing up to `put`
-    is offered in the end."""
+    is offered in the end, with `hints`."""
 
     number: int
     entry: LayoutEntry
@@ -81,6 +81,7 @@ class _Prompt:
     done: int
     put: int
     tokens_per_s: float
+    hints: Hints
     deadline: float
 
 
@@ -145,10 +146,10 @@ class Simulation:
             if len(keys) > length:
                 keys = keys[:length]
             entry = self._entries[layout]
+            hints = Hints(REUSES[reuse], tag=str(tag) if tag else "")
             if kind == ASKED:
-                self._ask(_Prompt(number, entry, keys, skip, put, speed, t + wait_s))
+                self._ask(_Prompt(number, entry, keys, skip, put, speed, hints, t + wait_s))
             else:
-                hints = Hints(REUSES[reuse], tag=str(tag) if tag else "")
                 self._offer(_Offer(entry, keys, skip, length, hints, t + wait_s))
             if number % PROGRESS_STEPS == 0:
                 progress(number)
@@ -213,7 +214,7 @@ class Simulation:
         elif prompt.done < prompt.put:
             deadline = self.now + self._machine.deadline_s
             self._offer(
-                _Offer(prompt.entry, prompt.keys, prompt.done, prompt.put, NO_HINTS, deadline)
+                _Offer(prompt.entry, prompt.keys, prompt.done, prompt.put, prompt.hints, deadline)
             )
 
     def _offer(self, offer: _Offer) -> None:

@@ -33,6 +33,7 @@ from kvstore.processes import Processes
 from kvstore.service import Service, ServiceInfo
 from kvstore.store import Store
 from kvstore.turns import Share, Turns
+from kvstore.types import DRAM, NVME
 
 INDEX_CLOSE_S = 10.0
 
@@ -110,9 +111,15 @@ class Tenant:
             spread=len(config.nvme.paths),
             queue_depth=config.nvme.queue_depth,
             hang_s=config.nvme.hang_timeout,
+            idle_s=config.eviction.idle_after,
         )
         bounds = config.bounds(self._arena.capacity_bytes)
-        return Store(placement, bounds, FAMILIES[config.eviction.policy]())
+        store = Store(placement, bounds, FAMILIES[config.eviction.policy]())
+        if self._arena.capacity_bytes + config.slab_bytes <= config.dram.size:
+            store.room.reasons[DRAM] = "quota"  # there would be more, for others
+        if nvme_bytes + config.slab_bytes <= config.nvme.size:
+            store.room.reasons[NVME] = "quota"
+        return store
 
     async def start(self) -> None:
         """Open the doors."""
@@ -150,7 +157,9 @@ class Tenant:
         placement = self.store.placement
         placement.write_policy = config.nvme.write_policy
         placement.config = dataclasses.replace(
-            placement.config, write_budget=config.nvme.write_budget
+            placement.config,
+            write_budget=config.nvme.write_budget,
+            idle_s=config.eviction.idle_after,
         )
         self.store.holdings.set_limits(config.bounds(self._arena.capacity_bytes))
         self.service.keys_per_call = config.limits.keys_per_call

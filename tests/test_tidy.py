@@ -23,6 +23,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "core",
         (
             "accesses",
+            "admission",
             "catalog",
             "ceiling",
             "checksums",
@@ -114,6 +115,7 @@ SEEN_BY_ROOM = {
 BRAIN = (
     *(
         "accesses",
+        "admission",
         "catalog",
         "counters",
         "health",

@@ -43,6 +43,7 @@ class Checks:
         for connection in daemon.connections:
             connection.check_deadlines()
         if not world.step % LOOK_CLOSELY_EVERY:
+            check_family(daemon.store.room.family)
             self._check_table()
             self._check_drive()
             self._check_moves()

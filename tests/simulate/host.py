@@ -17,14 +17,13 @@ from kvstore.adoption import NOTES, SLOT_TABLE, Estate, Notes
 from kvstore.adoption import adopt as adopt_dram
 from kvstore.disk import adopt
 from kvstore.errors import KVStoreError
-from kvstore.eviction.base import Independent
-from kvstore.eviction.lru import LRU
 from kvstore.hands import Door, Ended
 from kvstore.health import FAILURES_IN_A_ROW
 from kvstore.leases import Session
 from kvstore.limits import Limits
 from kvstore.orders import MoveKind, Outcome
 from kvstore.placement import PlacementConfig
+from kvstore.policies import FAMILIES
 from kvstore.processes import Processes
 from kvstore.service import Service, ServiceInfo
 from kvstore.store import Store
@@ -48,6 +47,7 @@ class Machine:
     """What outlives a daemon, and how every daemon here is configured."""
 
     placement: PlacementConfig
+    family: str
     limits: Limits
     workers: int
     sync_interval_s: float
@@ -75,7 +75,7 @@ class Daemon:
         self.started = False
         self._estate = self._take_over()
         self.table = self._estate.table
-        self.store = Store(machine.placement, machine.limits, Independent(LRU))
+        self.store = Store(machine.placement, machine.limits, FAMILIES[machine.family]())
         self.hands = MortalHands(self.table, self._estate.notes)
         self.hands.fuse = self.fuse
         info = ServiceInfo(

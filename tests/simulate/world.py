@@ -437,6 +437,7 @@ class World:
         )
         return Machine(
             config,
+            chance.choice(("lru", "relevance")),
             Limits(leases_per_session=chance.choice((3, 30)), sessions=chance.choice((4, 8))),
             workers=chance.randint(1, 4),
             sync_interval_s=chance.choice((0.003, 0.02, 0.2)),
