@@ -64,9 +64,10 @@ class Hazard:
         self._groups = np.zeros(kinds)
         self._requests = 0
         self._refresh_in = FIRST_REFRESH
+        self.learned = False  # until then the worth of all classes falls with idle time, as in LRU
         # For each class its worth, and its hazard summed up to, at the start of each bin.
-        self._worth: list[list[float]] = [[0.0] * BINS for _ in range(kinds)]
-        self._risk: list[list[float]] = [[0.0] * BINS for _ in range(kinds)]
+        self._worth: list[list[float]] = [[2.0**-at for at in range(BINS)]] * kinds
+        self._risk: list[list[float]] = [[0.0] * BINS] * kinds
 
     def begin(self, kind: int, touches: int, length: int, blocks: int, now: float) -> int:
         """A new cohort of that many blocks; its number."""
@@ -133,13 +134,16 @@ class Hazard:
 
     def refresh(self, now: float) -> None:
         """Compute the worth of all classes anew."""
-        seen = np.flatnonzero(self._groups)
-        hazard = self._hazard(now)[seen]
+        seen, unseen = np.flatnonzero(self._groups), np.flatnonzero(self._groups == 0)
+        rows = np.concatenate((seen, unseen[:1]))  # those that were not seen are all the same
+        hazard = self._hazard(now)[rows]
         risk = np.cumsum(hazard * _WIDTH, axis=1)
-        risk = np.concatenate((np.zeros((len(seen), 1)), risk[:, :-1]), axis=1)
-        rows = zip(seen.tolist(), _gittins(hazard).tolist(), risk.tolist(), strict=True)
-        for kind, worth, summed in rows:
-            self._worth[kind], self._risk[kind] = worth, summed
+        risk = np.concatenate((np.zeros((len(rows), 1)), risk[:, :-1]), axis=1)
+        worths, risks = _gittins(hazard).tolist(), risk.tolist()
+        for at, kind in enumerate([*rows.tolist(), *unseen[1:].tolist()]):
+            same = min(at, len(rows) - 1)
+            self._worth[kind], self._risk[kind] = worths[same], risks[same]
+        self.learned = True
         fade = 0.5 ** (self._refresh_in / HALF_LIFE_REQUESTS)
         for counts in (self._returns, self._ends, self._partial, self._blocks, self._groups):
             counts *= fade

@@ -21,7 +21,7 @@ from kvstore.eviction.columns import Columns
 from kvstore.eviction.hazard import Hazard
 
 NONE = -1
-DEFER_S = 1.0  # what could not leave is not named again for so long
+DEFER_S = 1.0  # for so long what could not leave is not named before others
 GAPS_LOOKED_AT = 16
 ENTRIES_PER_BLOCK = 4  # in the heaps, before they are made anew
 
@@ -47,7 +47,8 @@ class Ranking:
         self._gone: dict[int, None] = {}  # named, and not forgotten yet
         self._aside: dict[int, None] = {}  # named, and stayed
         self._deferred: list[int] = []
-        self._deferred_at = 0.0
+        self._deferred_at = 0.0  # when the first of them was named
+        self._named_at = 0.0
         self._gaps: dict[int, None] = {}  # not here, but resident blocks depend on it
 
     def __len__(self) -> int:
@@ -80,6 +81,7 @@ class Ranking:
         for key in keys:
             if child[key] == NONE:
                 self._push(key)
+        self._trim()
 
     def touch(self, keys: Sequence[int], now: float) -> None:
         pass  # the family was told of the request
@@ -90,6 +92,8 @@ class Ranking:
     def defer(self, keys: Sequence[int]) -> None:
         for key in keys:
             self._aside.pop(key, None)
+        if not self._deferred:
+            self._deferred_at = self._named_at
         self._deferred += keys
 
     def forget(self, keys: Sequence[int]) -> None:
@@ -119,6 +123,7 @@ class Ranking:
         here = columns.array("resident")[chain] != 0
         for key in chain[here & (columns.array("child")[chain] == NONE)].tolist():
             self._push(key)
+        self._trim()
 
     def hang(self, keys: Sequence[int]) -> None:
         """What these depend on is known now."""
@@ -128,8 +133,8 @@ class Ranking:
                 self._link(key)
 
     def missing(self, key: int) -> None:
-        """A block has left one of the tiers."""
-        if key < self.columns.size and self.columns.child[key] != NONE:
+        """A block has left one of the tiers, or was never in this one."""
+        if NONE < key < self.columns.size and self.columns.child[key] != NONE:
             self._gaps[key] = None
 
     def filled(self, key: int) -> None:
@@ -153,11 +158,22 @@ class Ranking:
 
     def victims(self, now: float) -> Victims:
         self._settle()
-        if self._deferred and now - self._deferred_at >= DEFER_S:
-            deferred, self._deferred, self._deferred_at = self._deferred, [], now
-            self._requeue(deferred)
+        self._named_at = now
+        if now - self._deferred_at >= DEFER_S:
+            self._take_back()
         if self._gaps:
             yield from self._useless()
+        yield from self._leaves(now)
+        if self._deferred:  # nobody else is left
+            self._take_back()
+            yield from self._leaves(now)
+
+    def _take_back(self) -> None:
+        deferred, self._deferred = self._deferred, []
+        named = self._gone.keys() | self._aside.keys() if self._gone or self._aside else ()
+        self._requeue([key for key in deferred if key not in named])
+
+    def _leaves(self, now: float) -> Victims:
         cohort = self._blocks.cohort
         while (least := self._least(now)) is not None:
             kind, heap, bound = least
@@ -185,8 +201,8 @@ class Ranking:
     def _useless(self) -> Victims:
         """Leaves that depend, by whatever way, on blocks that are in no tier."""
         for gap in list(islice(self._gaps, GAPS_LOOKED_AT)):
-            del self._gaps[gap]
-            if any(gap in ranking for ranking in self._others):
+            if self.columns.child[gap] == NONE or any(gap in one for one in self._others):
+                del self._gaps[gap]
                 continue
             path = [gap]
             stuck = False
@@ -199,13 +215,12 @@ class Ranking:
                 if path:
                     yield from self._name(key)
                     stuck = key in self._aside
-            if stuck:
+            if stuck:  # others first, the next time
+                del self._gaps[gap]
                 self._gaps[gap] = None
 
     def _least(self, now: float) -> tuple[int, list[Entry], float] | None:
         """The class and end of the least worthy leaf, and how worthy the next best is."""
-        if self._entries > ENTRIES_PER_BLOCK * self._count + 1_024:
-            self._rebuild()
         best, least, bound = None, float("inf"), float("inf")
         for heaps in (self._old, self._young):
             for kind in list(heaps):
@@ -250,7 +265,10 @@ class Ranking:
             if resident[key] and child[key] == NONE:
                 self._push(key)
 
-    def _rebuild(self) -> None:
+    def _trim(self) -> None:
+        """Many entries are of what is no leaf any more, or was asked for again."""
+        if self._entries <= ENTRIES_PER_BLOCK * self._count + 1_024:
+            return
         self._old.clear()
         self._young.clear()
         self._entries = 0
@@ -266,6 +284,7 @@ class Ranking:
             back, self._gone = list(self._gone), {}
             for key in back:
                 self._link(key)
+                self.missing(self._blocks.parent[key])
             self._requeue(back)
         if self._aside:
             aside, self._aside = list(self._aside), {}

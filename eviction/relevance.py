@@ -150,7 +150,7 @@ class Relevance:
 
     def likely(self, key: int, now: float, horizon_s: float, least: float) -> bool:
         cohort = self.blocks.cohort[key] if key < self.blocks.size else NONE
-        if cohort == NONE:
+        if cohort == NONE or not self.hazard.learned:
             return True
         cohorts = self.hazard.cohorts
         age = max(0.0, now - cohorts.time[cohort])

@@ -60,7 +60,8 @@ class Learning:
         self.notes: list[ReadLease | Offer] = []
         self.observers: list[Observer] = []
         self._family = placement.room.family
-        self._going_on: dict[int | bytes, Asked] = {}
+        # By the place where they go on: requests, and whether blocks of theirs were stored there.
+        self._going_on: dict[int | bytes, tuple[Asked, bool]] = {}
 
     def note(self, note: ReadLease | Offer) -> None:
         """Something was answered."""
@@ -81,9 +82,12 @@ class Learning:
             room.family.drop(dropped)
         return bool(notes)
 
-    def going_on(self, rows: Sequence[int | None], keys: Sequence[bytes], at: int) -> Asked | None:
-        """The request that goes on with the block at this place in the list, if one does."""
-        return self._going_on.get(_place(rows, keys, at))
+    def going_on(self, offer: Offer) -> Asked | None:
+        """The request that goes on with what is new in this offer, if one does. A list that names
+        again what was stored already is a new one."""
+        at = offer.fresh[0] if offer.fresh else len(offer.rows)
+        asked, stored = self._going_on.get(_place(offer.rows, offer.keys, at), (None, False))
+        return None if stored and at > offer.skip else asked
 
     # -- inside --------------------------------------------------------------------------------
 
@@ -93,10 +97,10 @@ class Learning:
         dram, nvme = room.resident(DRAM), room.resident(NVME)
         return min(GHOSTS_MAX, max(GHOSTS_MIN, 4 * dram - nvme, (dram + nvme) // 4))
 
-    def _remember(self, place: int | bytes, asked: Asked) -> None:
+    def _remember(self, place: int | bytes, asked: Asked, *, stored: bool) -> None:
         going_on = self._going_on
         going_on.pop(place, None)
-        going_on[place] = asked
+        going_on[place] = asked, stored
         if len(going_on) > 2 * GOING_ON_MAX:
             for old in list(going_on)[:GOING_ON_MAX]:
                 del going_on[old]
@@ -114,7 +118,9 @@ class Learning:
                     break
                 chain.append(block)
         chain = [block for block in chain if catalog.keys[block] is not None]
-        earlier = self._going_on.get(context[-1]) if context and complete else None
+        earlier = None
+        if context and complete:
+            earlier, _ = self._going_on.get(context[-1], (None, False))
         if earlier is None:
             total = len(lease.context) + lease.asked
             asked = self._family.asked(Request(chain, total - len(chain), now))
@@ -124,7 +130,7 @@ class Learning:
             asked = earlier
         there = len(context) + granted
         if granted < len(keys) and there <= len(chain):
-            self._remember(chain[there - 1] if there else keys[0], asked)
+            self._remember(chain[there - 1] if there else keys[0], asked, stored=False)
         used, flags, dram = self.placement.room.orders.touched, catalog.flags, catalog.dram
         leaf_first = reversed(chain[:there])  # the leaf is the coldest
         used += [dram[block] for block in leaf_first if flags[block] & READY]
@@ -167,7 +173,8 @@ class Learning:
             else:
                 misses["behind"] += 1
             counted += 1
-        misses["never_seen"] += lease.missed - counted
+        if lease.missed > counted:  # keys that were cut off unread
+            misses["never_seen"] += lease.missed - counted
 
     def _offered(self, offer: Offer, now: float) -> None:
         rows, fresh, family = offer.rows, offer.fresh, self._family
@@ -179,7 +186,7 @@ class Learning:
             if block is None or self.catalog.keys[block] is None:
                 break
             chain.append(block)
-        asked = self.going_on(rows, offer.keys, first)
+        asked = self.going_on(offer)
         hints = offer.hints
         if asked is None:
             unknown = len(rows) - len(chain)
@@ -192,7 +199,7 @@ class Learning:
         elif hints:
             asked = family.hinted(asked, chain, hints.reuse, hints.name)
         self.born(rows, fresh, asked)
-        self._remember(_place(rows, offer.keys, len(rows)), asked)
+        self._remember(_place(rows, offer.keys, len(rows)), asked, stored=True)
         if self.observers:
             self._tell(
                 Access(

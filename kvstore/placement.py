@@ -81,6 +81,7 @@ class Placement:
         self.scrub = Scrub(self.room)
         self._admission = Admission(family)
         self.room.worth_saving = self._worth_saving
+        self.room.savable = lambda: self.config.queue_depth - self.spills
         self._checks = 0  # moves that read NVMe slots in order to check them
         self._moved_at = 0.0  # when a move last ended, or the first of those under way began
         self._budget_at = 0.0

@@ -41,7 +41,7 @@ STAY_S = 86_400.0  # taken for granted until room was made once
 STAY_SHARE = 0.05  # of the newest, in the moving average of stays
 BUSY_MAX = 64  # blocks met that are not idle, until no more are looked for
 LOOKED_AT_MAX = 4_096  # blocks passed over while looking for victims in one call
-UNSAVED_MAX = 64  # of them, blocks whose copy on NVMe is still due
+UNSAVED_MIN = 8  # of them, blocks whose copy on NVMe is due, though none can be ordered now
 SLAB_SCAN_S = 1.0  # how often slabs of other sizes are compared with ours
 SLABS_LOOKED_AT_MAX = 16
 IN_USE = WRITING | LOADING | SPILLING
@@ -69,6 +69,7 @@ class Room:
         self.nvme = nvme
         self.orders = Orders()
         self.unsaved: list[int] = []
+        self.savable: Callable[[], int] = lambda: UNSAVED_MIN  # copies that can be ordered now
         self.reasons = {DRAM: "room", NVME: "room"}  # as which it counts that blocks made room
         # How long blocks that make room there were not asked for, of late.
         self.stay_s = {DRAM: STAY_S, NVME: STAY_S}
@@ -352,6 +353,7 @@ class Room:
         retained: list[int] = []
         victims, looked_at, worth = policy.victims(now), 0, self.worth_saving
         busy_left, idle_of = BUSY_MAX, self.family.idle_s
+        unsaved_max = max(UNSAVED_MIN, self.savable())
         block = next(victims, None)
         while block is not None:
             stays = True
@@ -368,7 +370,7 @@ class Room:
             elif flags[block] & mask == due and worth(block, now):
                 stays = False  # it leaves as soon as it is saved
                 unsaved.append(block)
-                if len(unsaved) == UNSAVED_MAX:
+                if len(unsaved) == unsaved_max:
                     break
             else:
                 stays = False

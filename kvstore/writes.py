@@ -269,7 +269,7 @@ class Writes:
         room = self.placement.room
         if not blocks or self.placement.health.ok or not room.family.contests:
             return len(blocks)
-        asked = self._learning.going_on(offer.rows, offer.keys, offer.fresh[0])
+        asked = self._learning.going_on(offer)
         if asked is None or len(blocks) <= room.dram.free(offer.entry.slot_bytes):
             return len(blocks)
         self._learning.born(offer.rows, offer.fresh, asked)

@@ -408,7 +408,7 @@ def test_what_is_doubtful_is_a_warning(base: dict[str, Any]) -> None:
 
 def test_the_description_names_what_would_run(base: dict[str, Any]) -> None:
     text = good(base, {"tenants": {"a": {"dram_quota": "50%"}}}).describe()
-    assert "f.toml" in text and "dram.size = 64 MiB" in text and "eviction by lru" in text
+    assert "f.toml" in text and "dram.size = 64 MiB" in text and "eviction by relevance" in text
     assert "nvme.write_budget = unlimited" in text
     assert "tenant default: dram 32 MiB, nvme 64 MiB, sockets /run/kv/default" in text
     assert "tenants.a.dram_quota = 50%" in text

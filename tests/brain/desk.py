@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvstore.catalog import LayoutEntry
-from kvstore.eviction.base import Independent
+from kvstore.eviction.base import Family, Independent
 from kvstore.eviction.lru import LRU
 from kvstore.leases import ReadLease, Session
 from kvstore.limits import Limits
@@ -36,6 +36,8 @@ class Desk:
         queue_depth: int = 32,
         spread: int = 1,
         limits: Limits | None = None,
+        idle_s: float = 0.0,
+        family: Family | None = None,
     ) -> None:
         config = PlacementConfig(
             dram_bytes=dram * slab_pages * PAGE,
@@ -45,8 +47,9 @@ class Desk:
             write_budget=budget,
             spread=spread,
             queue_depth=queue_depth,
+            idle_s=idle_s,
         )
-        self.store = Store(config, limits or Limits(), Independent(LRU))
+        self.store = Store(config, limits or Limits(), family or Independent(LRU))
         self.counters = self.store.counters
         self.now = 10.0
         self.client = self.store.attach("client")

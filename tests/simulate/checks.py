@@ -8,6 +8,7 @@ from kvstore.catalog import DOOMED, LOADING, READY, SPILLING, STORED
 from kvstore.checksums import shard_sums
 from kvstore.tiers.slot_table import COMMITTED
 from kvstore.types import SLOT_ALIGNMENT, Layout
+from tests.brain.rankings import check_family
 from tests.simulate.ledger import Name
 from tests.simulate.workers import FILLS
 
