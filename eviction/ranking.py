@@ -4,7 +4,9 @@
     child      a resident block that depends on it, NONE for a leaf; more than one are in `_more`
     queued     the cohort under which it stands in the heaps, if it is a leaf
 
-In the heaps are leaves, and what was a leaf once: whatever is taken out is looked at again.
+In the heaps are leaves, and what was one once: whatever is taken out is looked at again. An entry
+is one integer, which takes half the memory of a tuple: when the block was asked for (microseconds,
+or what is left of `TIME_END`), how far it is from `DEPTH_END`, and its key, 64, 32 and 32 bits.
 """
 
 from __future__ import annotations
@@ -25,7 +27,12 @@ DEFER_S = 1.0  # for so long what could not leave is not named before others
 GAPS_LOOKED_AT = 16
 ENTRIES_PER_BLOCK = 4  # in the heaps, before they are made anew
 
-Entry = tuple[float, int, int]
+TIME_END, DEPTH_END = 1 << 50, (1 << 31) - 1
+KEY_BITS, KEY_MASK = 32, (1 << 32) - 1
+TIME_SHIFT = 64
+MANY = 64  # leaves that come at once are put into a heap as a whole
+
+Heap = list[int]
 
 
 class Ranking:
@@ -41,8 +48,8 @@ class Ranking:
         self.columns = Columns(resident="B", child=("i", NONE), queued=("i", NONE))
         self._count = 0
         self._more: dict[int, dict[int, None]] = {}
-        self._old: dict[int, list[Entry]] = {}  # for each class, idle for longest first
-        self._young: dict[int, list[Entry]] = {}
+        self._old: dict[int, Heap] = {}  # for each class, idle for longest first
+        self._young: dict[int, Heap] = {}
         self._entries = 0
         self._gone: dict[int, None] = {}  # named, and not forgotten yet
         self._aside: dict[int, None] = {}  # named, and stayed
@@ -70,17 +77,17 @@ class Ranking:
         self._stranger(keys)
         self.columns.reserve(self._blocks.size)
         resident, child, gaps = self.columns.resident, self.columns.child, self._gaps
+        parent = self._blocks.parent
         for key in keys:
             assert not resident[key], f"key {key} admitted twice"
             resident[key] = 1
-            self._link(key)
+            if parent[key] != NONE:
+                self._link(key)
             if gaps:
                 for ranking in self._others:
                     ranking.filled(key)
         self._count += len(keys)
-        for key in keys:
-            if child[key] == NONE:
-                self._push(key)
+        self._push_all([key for key in keys if child[key] == NONE])
         self._trim()
 
     def touch(self, keys: Sequence[int], now: float) -> None:
@@ -176,9 +183,9 @@ class Ranking:
     def _leaves(self, now: float) -> Victims:
         cohort = self._blocks.cohort
         while (least := self._least(now)) is not None:
-            kind, heap, bound = least
-            while self._worth(kind, heap, now) <= bound and heap:
-                key = heapq.heappop(heap)[2]
+            kind, heap, young, bound = least
+            while self._worth(kind, heap, young, now) <= bound and heap:
+                key = heapq.heappop(heap) & KEY_MASK
                 self._entries -= 1
                 while True:
                     of = cohort[key]
@@ -219,51 +226,79 @@ class Ranking:
                 del self._gaps[gap]
                 self._gaps[gap] = None
 
-    def _least(self, now: float) -> tuple[int, list[Entry], float] | None:
+    def _least(self, now: float) -> tuple[int, Heap, bool, float] | None:
         """The class and end of the least worthy leaf, and how worthy the next best is."""
         best, least, bound = None, float("inf"), float("inf")
-        for heaps in (self._old, self._young):
+        for young, heaps in ((False, self._old), (True, self._young)):
             for kind in list(heaps):
                 heap = heaps[kind]
-                worth = self._worth(kind, heap, now)
+                worth = self._worth(kind, heap, young, now)
                 if not heap:
                     del heaps[kind]
                 elif worth < least:
-                    best, least, bound = (kind, heap), worth, least
+                    best, least, bound = (kind, heap, young), worth, least
                 else:
                     bound = min(bound, worth)
         return None if best is None else (*best, bound)
 
-    def _worth(self, kind: int, heap: list[Entry], now: float) -> float:
+    def _worth(self, kind: int, heap: Heap, young: bool, now: float) -> float:
         """What the first leaf is worth, after whatever is not one any more was taken away."""
         cohorts, cohort = self._hazard.cohorts, self._blocks.cohort
         queued, times, kinds = self.columns.queued, cohorts.time, cohorts.kind
         while heap:
-            when, _, key = heap[0]
+            key, when = heap[0] & KEY_MASK, heap[0] >> TIME_SHIFT
+            if young:
+                when = TIME_END - when
             of = queued[key]
-            if of != NONE and of == cohort[key] and kinds[of] == kind and times[of] == abs(when):
-                if self.columns.child[key] == NONE:
-                    return self._hazard.worth(kind, max(0.0, now - abs(when)))
-                queued[key] = NONE
+            if of != NONE and of == cohort[key] and kinds[of] == kind:
+                time = times[of]
+                if int(time * 1e6) == when:
+                    if self.columns.child[key] == NONE:
+                        return self._hazard.worth(kind, max(0.0, now - time))
+                    queued[key] = NONE
             heapq.heappop(heap)
             self._entries -= 1
         return 0.0
 
     def _push(self, key: int) -> None:
         """A leaf takes part, under the cohort that it has now."""
-        of = self._blocks.cohort[key]
-        self.columns.queued[key] = of
-        cohorts = self._hazard.cohorts
-        kind, when, depth = cohorts.kind[of], cohorts.time[of], -self._blocks.depth[key]
-        heapq.heappush(self._old.setdefault(kind, []), (when, depth, key))
-        heapq.heappush(self._young.setdefault(kind, []), (-when, depth, key))
+        kind, when, rest = self._entry(key)
+        heapq.heappush(self._old.setdefault(kind, []), when << TIME_SHIFT | rest)
+        heapq.heappush(self._young.setdefault(kind, []), TIME_END - when << TIME_SHIFT | rest)
         self._entries += 2
+
+    def _push_all(self, keys: Sequence[int]) -> None:
+        """As `_push`, cheaper where they are many. Of one cohort, as after a restart, the youngest
+        are the oldest, and stand in one heap only."""
+        if len(keys) < MANY:
+            for key in keys:
+                self._push(key)
+            return
+        row = np.asarray(keys, np.int32)
+        cohorts, depths = self._blocks.array("cohort")[row], self._blocks.array("depth")[row]
+        if (cohorts != cohorts[0]).any():
+            for key in keys:
+                self._push(key)
+            return
+        of, columns = int(cohorts[0]), self._hazard.cohorts
+        self.columns.array("queued")[row] = of
+        when = int(columns.time[of] * 1e6) << TIME_SHIFT
+        rests = (DEPTH_END - depths.astype(np.int64) << KEY_BITS | row).tolist()
+        heap = self._old.setdefault(columns.kind[of], [])
+        heap += [when | rest for rest in rests]
+        heapq.heapify(heap)
+        self._entries += len(rests)
+
+    def _entry(self, key: int) -> tuple[int, int, int]:
+        """Class, time and the rest of a leaf's entries; from now on those are its own."""
+        cohorts = self._hazard.cohorts
+        self.columns.queued[key] = of = self._blocks.cohort[key]
+        rest = DEPTH_END - self._blocks.depth[key] << KEY_BITS | key
+        return cohorts.kind[of], int(cohorts.time[of] * 1e6), rest
 
     def _requeue(self, keys: Sequence[int]) -> None:
         resident, child = self.columns.resident, self.columns.child
-        for key in keys:
-            if resident[key] and child[key] == NONE:
-                self._push(key)
+        self._push_all([key for key in keys if resident[key] and child[key] == NONE])
 
     def _trim(self) -> None:
         """Many entries are of what is no leaf any more, or was asked for again."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvstore.eviction.base import Family
-from kvstore.eviction.ranking import NONE, Ranking
+from kvstore.eviction.ranking import KEY_MASK, NONE, Ranking
 from kvstore.eviction.relevance import Relevance
 
 
@@ -38,9 +38,8 @@ def _check_ranking(family: Relevance, ranking: Ranking) -> None:
             assert not linked
         assert linked == children.get(key, set()), f"children of {key}"
     waiting = {*ranking._gone, *ranking._aside, *ranking._deferred}
-    entries = {entry[2] for heap in ranking._old.values() for entry in heap}
-    young = {entry[2] for heap in ranking._young.values() for entry in heap}
+    entries = {entry & KEY_MASK for heap in ranking._old.values() for entry in heap}
     for key in residents:
         if columns.child[key] == NONE and key not in waiting:
             assert columns.queued[key] == family.blocks.cohort[key], f"leaf {key} is not queued"
-            assert key in entries and key in young, f"leaf {key} is in no heap"
+            assert key in entries, f"leaf {key} is in no heap"

@@ -27,7 +27,9 @@ CAPACITY = 64
 FACTORIES: tuple[Callable[[int], Policy], ...] = (Told, LRU, FIFO, LFU, S3FIFO, ARC, MQ, WTinyLFU)
 
 
-@pytest.fixture(params=FACTORIES, ids=lambda made: "relevance" if made is Told else made.__name__.lower())
+@pytest.fixture(
+    params=FACTORIES, ids=lambda made: "relevance" if made is Told else made.__name__.lower()
+)
 def make(request: pytest.FixtureRequest) -> Callable[[int], Policy]:
     made: Callable[[int], Policy] = request.param
     return made
