@@ -33,6 +33,7 @@ TIME_SHIFT = 64
 MANY = 64  # leaves that come at once are put into a heap as a whole
 
 Heap = list[int]
+Known = tuple[dict[int, float], dict[int, float]]  # by class, worth of its first leaf in each heap
 
 
 class Ranking:
@@ -181,19 +182,46 @@ class Ranking:
         self._requeue([key for key in deferred if key not in named])
 
     def _leaves(self, now: float) -> Victims:
-        cohort = self._blocks.cohort
-        while (least := self._least(now)) is not None:
-            kind, heap, young, bound = least
-            while self._worth(kind, heap, young, now) <= bound and heap:
-                key = heapq.heappop(heap) & KEY_MASK
-                self._entries -= 1
-                while True:
-                    of = cohort[key]
-                    key = yield from self._name(key)
-                    if key == NONE or cohort[key] != of:
-                        break  # else: the tail of a request leaves as one
-                if key != NONE:
-                    self._push(key)
+        """Leaves of all classes, least worthy first. `ends` has what the first of each heap was
+        worth when it was looked at last: what comes out is looked at again."""
+        cohort, kinds = self._blocks.cohort, self._hazard.cohorts.kind
+        ends = self._ends(now)
+        while ends:
+            worth, kind, young = heapq.heappop(ends)
+            heap = (self._young if young else self._old).get(kind, [])
+            first = self._worth(kind, heap, young, now)
+            if not heap:
+                continue
+            if ends and first > max(worth, ends[0][0]):
+                heapq.heappush(ends, (first, kind, young))
+                continue
+            key = heapq.heappop(heap) & KEY_MASK
+            self._entries -= 1
+            while True:
+                of = cohort[key]
+                key = yield from self._name(key)
+                if key == NONE or cohort[key] != of:
+                    break  # else: the tail of a request leaves as one
+            heapq.heappush(ends, (first, kind, young))
+            if key != NONE:
+                self._push(key)
+                other = kinds[cohort[key]]
+                for end, heaps in ((False, self._old), (True, self._young)):
+                    worth = self._worth(other, heaps[other], end, now)
+                    heapq.heappush(ends, (worth, other, end))
+
+    def _ends(self, now: float) -> list[tuple[float, int, bool]]:
+        """For each class, and each end of it, what the first leaf is worth: a heap."""
+        ends = []
+        for young, heaps in ((False, self._old), (True, self._young)):
+            for kind in list(heaps):
+                worth = self._worth(kind, heaps[kind], young, now)
+                if heaps[kind]:
+                    ends.append((worth, kind, young))
+                else:
+                    del heaps[kind]
+        heapq.heapify(ends)
+        return ends
 
     def _name(self, key: int) -> Generator[int, bool | None, int]:
         """Name a leaf. When it leaves, and what it depended on is a leaf then: that, else NONE."""
@@ -225,21 +253,6 @@ class Ranking:
             if stuck:  # others first, the next time
                 del self._gaps[gap]
                 self._gaps[gap] = None
-
-    def _least(self, now: float) -> tuple[int, Heap, bool, float] | None:
-        """The class and end of the least worthy leaf, and how worthy the next best is."""
-        best, least, bound = None, float("inf"), float("inf")
-        for young, heaps in ((False, self._old), (True, self._young)):
-            for kind in list(heaps):
-                heap = heaps[kind]
-                worth = self._worth(kind, heap, young, now)
-                if not heap:
-                    del heaps[kind]
-                elif worth < least:
-                    best, least, bound = (kind, heap, young), worth, least
-                else:
-                    bound = min(bound, worth)
-        return None if best is None else (*best, bound)
 
     def _worth(self, kind: int, heap: Heap, young: bool, now: float) -> float:
         """What the first leaf is worth, after whatever is not one any more was taken away."""

@@ -72,6 +72,9 @@ class Relevance:
     def asked(self, request: Request) -> Asked:
         self._now = now = request.now
         known = request.chain
+        if not known:
+            self.hazard.note_request(now)
+            return Asked(self._request_kind(request, None), request.fresh, now)
         if len(set(known)) < len(known):
             known = list(dict.fromkeys(known))
         chain = np.asarray(known, np.int32)
@@ -114,17 +117,18 @@ class Relevance:
         cohort[unknown[-1:]] = begin(kind + TOUCHES[0], 1, length, 1, now)
 
     def drop(self, keys: Sequence[int]) -> None:
-        blocks = self.blocks
+        blocks, end, now = self.blocks, self.hazard.end, self._now
+        cohorts, parents, depths = blocks.cohort, blocks.parent, blocks.depth
         for key in keys:
-            if key >= blocks.size or (cohort := blocks.cohort[key]) == NONE:
+            if key >= blocks.size or (cohort := cohorts[key]) == NONE:
                 continue
-            self.hazard.end(cohort, 1, self._now, returned=False)
-            blocks.cohort[key] = NONE
+            end(cohort, 1, now, returned=False)
+            cohorts[key] = NONE
             for ranking in self._rankings:
                 for orphan in ranking.cut(key):
-                    blocks.parent[orphan] = NONE
-            blocks.parent[key] = NONE
-            blocks.depth[key] = UNPLACED
+                    parents[orphan] = NONE
+            parents[key] = NONE
+            depths[key] = UNPLACED
 
     def hinted(self, asked: Asked, chain: Sequence[int], reuse: str, tag: str) -> Asked:
         kind = self._hint(reuse, tag) * _PER_HINT + asked.kind % _PER_HINT

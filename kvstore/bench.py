@@ -6,6 +6,7 @@ machine does falls on both. The bars are those that the project holds itself to.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -15,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,7 +65,7 @@ def main(json_output: bool = False, quick: bool = False) -> int:
     digest = hashlib.sha256()
     rounds = 5 if quick else 15
     with workplace() as folder:
-        for part in (_dram, _control, _nvme, _million):
+        for part in (_dram, _control, _policies, _nvme, _million):
             home = folder / part.__name__.strip("_")  # nobody finds what another has left
             home.mkdir()
             figures += part(home, rounds, quick, digest)
@@ -251,6 +253,40 @@ def _under_spills(
         3.0,
         f"{p99_busy * 1e6:.0f} us ({len(busy)}) over {p99_idle * 1e6:.0f} us ({len(idle)})",
     )
+
+
+def _policies(folder: Path, rounds: int, quick: bool, digest: Any) -> list[Figure]:
+    """Acquire and release under the policy that learns most, against the plainest, in turns."""
+    hashes, names = _hashes("policies", 256), ("relevance", "lru")
+    buffers, times = Buffers(256, 4 * KIB, SEED), {name: list[float]() for name in names}
+    with contextlib.ExitStack() as stack:
+        caches = {}
+        for name in names:
+            home = folder / name
+            home.mkdir()
+            daemon = stack.enter_context(
+                private_daemon(
+                    home, dram_bytes=256 * MIB, nvme_bytes=0, slab_bytes=SLAB, policy=name
+                )
+            )
+            client = stack.enter_context(contextlib.closing(daemon.connect()))
+            caches[name] = client.open(_layout("policies", 4 * KIB))
+            caches[name].put(hashes, buffers.sources)
+        for _ in range(2 * rounds):
+            for name, cache in caches.items():
+                _acquire_release(cache, hashes)  # awake
+                times[name] += map(_seconds, 40 * [partial(_acquire_release, cache, hashes)])
+    value, base = (statistics.median(times[name]) for name in names)
+    return [
+        Figure(
+            "acquire + release of 256 resident, p50, with relevance over lru",
+            value / base,
+            "",
+            "<=",
+            1.2,
+            f"{value * 1e6:.0f} us over {base * 1e6:.0f} us, {len(times[names[0]])} times",
+        )
+    ]
 
 
 # -- NVMe --------------------------------------------------------------------------------------

@@ -62,9 +62,10 @@ def workplace() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def private_daemon(
-    folder: Path, *, dram_bytes: int, nvme_bytes: int, slab_bytes: int
+    folder: Path, *, dram_bytes: int, nvme_bytes: int, slab_bytes: int, policy: str | None = None
 ) -> Iterator[PrivateDaemon]:
-    """A daemon whose NVMe files lie in `folder`; they stay there, everything else goes."""
+    """A daemon whose NVMe files lie in `folder`; they stay there, everything else goes. Evicts as
+    it does by default, unless a policy is named."""
     shm = Path(tempfile.mkdtemp(prefix="kvs-", dir="/dev/shm"))
     run = Path(tempfile.mkdtemp(prefix="kvs-", dir="/tmp"))
     config = folder / "kvstored.toml"
@@ -72,6 +73,7 @@ def private_daemon(
         f'[daemon]\nrun_dir = "{run}"\nlog_level = "warning"\n'
         f'[dram]\nsize = {dram_bytes}\npath = "{shm}"\nslab_size = {slab_bytes}\n'
         f'[nvme]\npaths = ["{folder}"]\nsize = {nvme_bytes}\n[metrics]\nlisten = ""\n'
+        + (f'[eviction]\npolicy = "{policy}"\n' if policy else "")
     )
     process = subprocess.Popen([sys.executable, "-m", "kvstore.daemon", "--config", str(config)])
     try:

@@ -39,6 +39,7 @@ from kvstore.types import DRAM, NVME
 
 STAY_S = 86_400.0  # taken for granted until room was made once
 STAY_SHARE = 0.05  # of the newest, in the moving average of stays
+NVME_AHEAD_MAX, NVME_AHEAD_PART = 16, 256  # slots made free at once; no larger part of the tier
 BUSY_MAX = 64  # blocks met that are not idle, until no more are looked for
 LOOKED_AT_MAX = 4_096  # blocks passed over while looking for victims in one call
 UNSAVED_MIN = 8  # of them, blocks whose copy on NVMe is due, though none can be ordered now
@@ -115,6 +116,9 @@ class Room:
                 self.orders.marks.update(taken)
             done += len(taken)
             short = len(blocks) - done
+            if short and tier == NVME:  # some for the next spills, too: they come one by one
+                capacity = slots.capacity(entry.slot_bytes)
+                short = max(short, min(NVME_AHEAD_MAX, capacity // NVME_AHEAD_PART))
             if short and not self._make_room(tier, entry.slot_bytes, short, now, force):
                 break
         return done

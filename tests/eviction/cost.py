@@ -1,9 +1,9 @@
 """What a policy costs in the brain: `python -m tests.eviction.cost [--blocks 1000000]`.
 
-A store without NVMe is filled with chains. Then, in turns, a chain that is there is asked for,
-released, and learned from; and a new chain is stored, for which as many blocks leave. Times are
-microseconds of processor time per block, `bare` those of the same without the store around it. Memory is the most
-that the process had resident above what it had before, with keys of 32 bytes.
+A store without NVMe is filled with chains. Then, in turns, chains that are there are asked for,
+released, and learned from; and new chains are stored, for which as many blocks leave. Times are
+microseconds of processor time per block; `bare` is the same without the store around the policy.
+Memory is the most that the process had above what it had before, with keys of 32 bytes.
 """
 
 from __future__ import annotations

@@ -141,8 +141,8 @@ def test_any_history_keeps_the_books(policy: Policy, seed: int) -> None:
 
 
 def test_what_has_to_stay_is_passed_by(policy: Policy) -> None:
-    for key in range(40):  # what they depend on may be spared with them: nothing here
-        policy.admit([key], 0.0)
+    for block in range(40):  # what they depend on may be spared with them: nothing here
+        policy.admit([block], 0.0)
     policy.touch([3], 1.0)
     named, victims = list[int](), policy.victims(9.0)
     key = next(victims, None)

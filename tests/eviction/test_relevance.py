@@ -41,6 +41,16 @@ def evict(policy: Policy, most: int, now: float, stay: Sequence[int] = ()) -> li
     return gone
 
 
+def put_off(policy: Policy, now: float) -> int:
+    """The first cannot leave yet; which it is."""
+    victims = policy.victims(now)
+    first = next(victims)
+    victims.send(True)
+    victims.close()
+    policy.defer([first])
+    return first
+
+
 # -- the order ---------------------------------------------------------------------------------
 
 
@@ -64,16 +74,16 @@ def test_leaves_go_first_whatever_the_classes_say(
         for at, key in enumerate(chain):
             behind[key].update(chain[at + 1 :])
     left, victims = set(told.residents()), told.victims(9_999.0)
-    key: int | None = next(victims)
-    while key is not None:
-        assert not behind[key] & left, f"{key} leaves before {behind[key] & left}"
+    leaf: int | None = next(victims)
+    while leaf is not None:
+        assert not behind[leaf] & left, f"{leaf} leaves before {behind[leaf] & left}"
         stays = chance.random() < 0.1
         if not stays:
-            left.remove(key)
+            left.remove(leaf)
         try:
-            key = victims.send(stays)
+            leaf = victims.send(stays)
         except StopIteration:
-            key = None
+            leaf = None
 
 
 def two_tiers() -> tuple[Relevance, Ranking, Ranking]:
@@ -134,10 +144,9 @@ def test_what_has_to_stay_is_named_again() -> None:
     assert next(victims) == 1 and victims.send(True) == 2
     victims.close()
     assert order(told) == [1, 2, 3]
-    assert evict(told, 0, 9.0, stay=[1]) == []
-    told.defer([1])
+    assert put_off(told, 9.0) == 1
     assert order(told) == [2, 3, 1], "the others first, but nobody is left out"
-    told.defer([1])
+    assert put_off(told, 9.0) == 1
     assert order(told, 9.0 + DEFER_S) == [1, 2, 3]
 
 
@@ -146,17 +155,16 @@ def test_nobody_is_named_twice() -> None:
     told = Told()
     told.admit([1], 0.0)
     told.admit([2], 0.0)
-    evict(told, 0, 9.0)
-    told.defer([1, 1])
-    come(told, [1], [3], 9.0)
-    assert sorted(order(told, 9.0)) == [1, 2, 3]
+    assert put_off(told, 9.0) == put_off(told, 20.0) == 1
+    come(told, [1], [3], 20.0)
+    assert sorted(order(told, 20.0)) == [1, 2, 3]
 
 
 # -- rows that other blocks get ----------------------------------------------------------------
 
 
 def test_a_row_carries_nothing_over() -> None:
-    told, family = Told(), None
+    told = Told()
     family = told.family
     told.admit([1, 2, 3], 0.0)
     for key in range(100, 100 + HUB_FAN):
@@ -361,6 +369,27 @@ def test_who_says_that_it_is_done_leaves_before_who_comes_back(*, late: bool) ->
     leaving = order(told, 601.0)
     assert max(map(leaving.index, done)) < min(map(leaving.index, going_on))
     check_family(told.family)
+
+
+def test_what_is_likely_is_what_happened() -> None:
+    """Every other prompt comes back within ten seconds; before anything is learned, all may."""
+    chance, fresh, told = random.Random(2), count(), Told()
+    told.admit([next(fresh)], 0.0)
+    family = told.family
+    assert family.likely(0, 0.0, 1e-3, 0.99) and family.likely(10**6, 0.0, 1e-3, 0.99)
+    for second in range(1, 400):
+        new = list(islice(fresh, 4))
+        told.admit(new, 30.0 * second)
+        if second % 2:
+            told.touch(new, 30.0 * second + chance.uniform(1, 9))
+    last = list(islice(fresh, 4))
+    told.admit(last, 12_000.0)
+    assert family.likely(last[0], 12_000.0, 30.0, 0.4)
+    assert not family.likely(last[0], 12_000.0, 30.0, 0.6)
+    assert not family.likely(last[0], 12_030.0, 30.0, 0.1), "it would have come by now"
+    assert family.idle_s(last[0], 12_030.0) == 30.0 and not family.reused(last[0])
+    told.touch(last, 12_030.0)
+    assert family.idle_s(last[0], 12_031.0) == 1.0 and family.reused(last[0])
 
 
 # -- what it costs -----------------------------------------------------------------------------
