@@ -25,13 +25,16 @@ GHOSTS_MIN, GHOSTS_MAX = 1_024, 1_000_000
 
 @dataclasses.dataclass(slots=True)
 class Offer:
-    """A reserve. `rows` are the blocks of its context and keys, None where there is none; `fresh`
-    the places in it of those that are new and got a slot."""
+    """A reserve. `rows` are the blocks of its context and keys, None where there is none; `at` is
+    the place in it of the first that is new, `fresh` the places of those that got a slot, `end` of
+    the first that did not."""
 
     entry: LayoutEntry
     keys: Sequence[bytes]
     skip: int
     rows: list[int | None]
+    at: int
+    end: int
     fresh: list[int]
     hints: Hints
 
@@ -48,7 +51,15 @@ class Offer:
         everything = [*context, *keys] if context else keys
         skip = len(context)
         rows = list(map(entry.index.get, everything))
-        return cls(entry, everything, skip, rows, [skip + at for at in fresh], hints)
+        places = [skip + at for at in fresh]
+        at = places[0] if places else len(rows)
+        return cls(entry, everything, skip, rows, at, len(rows), places, hints)
+
+    def cut(self, got: int) -> None:
+        """Only so many leading ones of the new blocks got a slot."""
+        if got < len(self.fresh):
+            self.end = self.fresh[got]
+            del self.fresh[got:]
 
 
 class Learning:
@@ -85,9 +96,9 @@ class Learning:
     def going_on(self, offer: Offer) -> Asked | None:
         """The request that goes on with what is new in this offer, if one does. A list that names
         again what was stored already is a new one."""
-        at = offer.fresh[0] if offer.fresh else len(offer.rows)
-        asked, stored = self._going_on.get(_place(offer.rows, offer.keys, at), (None, False))
-        return None if stored and at > offer.skip else asked
+        place = _place(offer.rows, offer.keys, offer.at)
+        asked, stored = self._going_on.get(place, (None, False))
+        return None if stored and offer.at > offer.skip else asked
 
     # -- inside --------------------------------------------------------------------------------
 
@@ -180,9 +191,8 @@ class Learning:
         rows, fresh, family = offer.rows, offer.fresh, self._family
         if not rows:
             return
-        first = fresh[0] if fresh else len(rows)
         chain: list[int] = []
-        for block in rows[:first]:
+        for block in rows[: offer.at]:
             if block is None or self.catalog.keys[block] is None:
                 break
             chain.append(block)
@@ -199,7 +209,7 @@ class Learning:
         elif hints:
             asked = family.hinted(asked, chain, hints.reuse, hints.name)
         self.born(rows, fresh, asked)
-        self._remember(_place(rows, offer.keys, len(rows)), asked, stored=True)
+        self._remember(_place(rows, offer.keys, offer.end), asked, stored=True)
         if self.observers:
             self._tell(
                 Access(

@@ -356,8 +356,7 @@ class Room:
         unsaved: list[int] = []
         retained: list[int] = []
         victims, looked_at, worth = policy.victims(now), 0, self.worth_saving
-        busy_left, idle_of = BUSY_MAX, self.family.idle_s
-        unsaved_max = max(UNSAVED_MIN, self.savable())
+        busy_left, unsaved_max = BUSY_MAX, max(UNSAVED_MIN, self.savable())
         block = next(victims, None)
         while block is not None:
             stays = True
@@ -367,7 +366,7 @@ class Room:
             elif pins[block] or block in busy:
                 if not flags[block] & SPILLING:
                     held.append(block)
-            elif idle_s and idle_of(block, now) < idle_s:
+            elif idle_s and self.family.idle_s(block, now) < idle_s:
                 busy_left -= 1
                 if not busy_left:
                     break

@@ -99,7 +99,7 @@ class Writes:
         chain = [index[key] for key in context if key in index] + present
         wanted = self._contested(offer, blocks, chain, now)
         got = self._take(blocks[:wanted], chain, now, force)
-        del offer.fresh[got:]
+        offer.cut(got)
         for at in fresh[got:]:
             status[at] = REFUSED
         self.holdings.give_back(session, entry, len(fresh) - got)

@@ -301,3 +301,28 @@ def test_a_block_without_its_copy_is_saved_before_it_leaves_for_idleness() -> No
     desk.finish_all()
     desk.store.tick(desk.now + 1)
     assert desk.counters.dram.evicted["idle"] == 4
+
+
+def test_an_offer_that_is_refused_as_a_whole_is_no_request_of_its_own() -> None:
+    """Its blocks were counted as asked for once more, in the same moment: then all new blocks
+    looked as if they were about to return, and displaced those that did."""
+    family = Counting()
+    desk = Desk(dram=1, slab_pages=2, family=family)
+    learned(desk)
+    before = len(family.requests)
+    assert put(desk, 7_000, 7_001) == 0
+    assert family.requests[before:] == [(0, 2)]
+
+
+def test_what_is_offered_again_after_a_refusal_is_the_same_request() -> None:
+    """A put goes on with what was refused beside what was granted, in a call of its own."""
+    family = Counting()
+    desk = Desk(dram=1, slab_pages=2, family=family)
+    entry = desk.layout()
+    first = desk.store.reserve(desk.client, entry, keys(1, 2, 3), desk.now)
+    assert first.status == b"\0\0\2"
+    desk.store.digest(desk.now)
+    for _ in range(2):
+        desk.store.reserve(desk.client, entry, keys(3), desk.now, context=keys(1, 2))
+        desk.store.digest(desk.now)
+    assert family.requests == [(0, 3)]
