@@ -105,7 +105,8 @@ class Family(Protocol):
         """As for Policy; told once for all."""
 
     def reused(self, key: int) -> bool:
-        """Whether a known key was asked for more than once, as far as can be told."""
+        """Whether a known key was asked for more than once, or what is there depends on it, as far
+        as can be told."""
 
     def likely(self, key: int, now: float, horizon_s: float, least: float) -> bool:
         """Whether a known key has at least that chance to be asked for within that time, as far as

@@ -145,6 +145,10 @@ class Ranking:
         if NONE < key < self.columns.size and self.columns.child[key] != NONE:
             self._gaps[key] = None
 
+    def supports(self, key: int) -> bool:
+        """Whether a block that is here depends on this one."""
+        return key < self.columns.size and self.columns.child[key] != NONE
+
     def filled(self, key: int) -> None:
         """A block has come to one of the tiers."""
         self._gaps.pop(key, None)

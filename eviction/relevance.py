@@ -150,7 +150,9 @@ class Relevance:
 
     def reused(self, key: int) -> bool:
         cohort = self.blocks.cohort[key] if key < self.blocks.size else NONE
-        return cohort == NONE or self.hazard.cohorts.touches[cohort] > 1
+        if cohort == NONE or self.hazard.cohorts.touches[cohort] > 1:
+            return True
+        return any(ranking.supports(key) for ranking in self._rankings)
 
     def likely(self, key: int, now: float, horizon_s: float, least: float) -> bool:
         cohort = self.blocks.cohort[key] if key < self.blocks.size else NONE

@@ -14,7 +14,10 @@ one that is hit counts as possible, one that is lost before it is asked for does
 
 from __future__ import annotations
 
+import atexit
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import xxhash
 from datasketches import hll_sketch, tgt_hll_type  # type: ignore[import-untyped]
@@ -27,7 +30,8 @@ class Ceiling:
 
     def __init__(self) -> None:
         self.asked = 0
-        self._seen = hll_sketch(LG_K, tgt_hll_type.HLL_8)
+        self._seen: Any = hll_sketch(LG_K, tgt_hll_type.HLL_8)
+        _LIVE.add(self)
         self._first = 0.0  # missed keys that nobody had named before
 
     @property
@@ -50,3 +54,13 @@ class Ceiling:
         update, digest = self._seen.update, xxhash.xxh3_64_intdigest
         for key in keys:
             update(digest(prefix + key) >> 1)  # the sketch takes signed numbers
+
+
+_LIVE: weakref.WeakSet[Ceiling] = weakref.WeakSet()
+
+
+@atexit.register
+def _end() -> None:
+    """The library writes pages of warnings about sketches that outlive the interpreter."""
+    for ceiling in _LIVE:
+        ceiling._seen = None

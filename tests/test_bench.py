@@ -22,9 +22,16 @@ def test_the_quick_benchmark_reports_all_figures() -> None:
     names = " | ".join(figure["name"] for figure in tree["figures"])
     for word in ("put 64", "get 64", "put 1", "get 1", "CPU time", "acquire + release of 256"):
         assert word in names
-    for word in ("p99", "spill of", "reload of", "resident memory", "until the first is served"):
+    for word in (
+        "p99",
+        "spill of",
+        "reload of",
+        "resident memory",
+        "until the first is served",
+        "relevance",
+    ):
         assert word in names
-    assert len(tree["figures"]) == 12
+    assert len(tree["figures"]) == 13
     assert all(figure["value"] > 0 for figure in tree["figures"])
     assert tree["ok"] == all(figure["ok"] for figure in tree["figures"])
     assert done.returncode == (0 if tree["ok"] else 1)
