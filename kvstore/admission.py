@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from kvstore.eviction.base import Family
 
-LEAST = 0.2
+LEAST = 0.1
 EASY = 0.5  # the share of the saved-up budget below which the bar rises
 
 
