@@ -64,6 +64,10 @@ class Sums:
         elif sums is not None:
             self._others[row] = sums
 
+    def append(self) -> None:
+        """A row at the end, without checksums."""
+        self._single.append(0)
+
     def extend(self, sums: Sequence[bytes | None]) -> None:
         """Rows at the end."""
         first = len(self._single)
@@ -129,7 +133,7 @@ class Catalog:
             self.dram.append(NOWHERE)
             self.nvme.append(NOWHERE)
             self.pins.append(0)
-            self.sums.extend([None])
+            self.sums.append()
         entry.index[key] = block
         return block
 

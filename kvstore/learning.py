@@ -20,7 +20,7 @@ from kvstore.types import DRAM, NVME
 GOING_ON_MAX = 4_096  # requests of which more may come
 ROOT = -1
 ABSENT = 1  # why a grant ends: the next block is in no tier. The others are in `reads.STOP_NAMES`.
-GHOSTS_MIN, GHOSTS_MAX = 1_024, 1_000_000
+GHOSTS_MIN, GHOSTS_MAX = 1_024, 500_000
 
 
 @dataclasses.dataclass(slots=True)
@@ -103,10 +103,14 @@ class Learning:
     # -- inside --------------------------------------------------------------------------------
 
     def _ghosts_max(self) -> int:
-        """As many as the memory tier has blocks, four times, but for those that are on NVMe."""
+        """As many as the memory tier has blocks, four times, but for those that are on NVMe; less
+        where nothing is learned from their return."""
         room = self.placement.room
         dram, nvme = room.resident(DRAM), room.resident(NVME)
-        return min(GHOSTS_MAX, max(GHOSTS_MIN, 4 * dram - nvme, (dram + nvme) // 4))
+        most = max(GHOSTS_MIN, (dram + nvme) // 4)
+        if self._family.contests:
+            most = max(most, 4 * dram - nvme)
+        return min(GHOSTS_MAX, most)
 
     def _remember(self, place: int | bytes, asked: Asked, *, stored: bool) -> None:
         going_on = self._going_on
