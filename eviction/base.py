@@ -94,7 +94,7 @@ class Family(Protocol):
     def asked(self, request: Request) -> Asked:
         """Told once for each request, before its blocks are touched or admitted anywhere."""
 
-    def born(self, parent: int, keys: Sequence[int], asked: Asked | None) -> None:
+    def born(self, parent: int, keys: Sequence[int], asked: Asked) -> None:
         """Keys that are a chain behind `parent` (-1: none), those of them that are not known
         named by that request. To be told before they are admitted."""
 
@@ -133,7 +133,7 @@ class Independent:
     def asked(self, request: Request) -> Asked:
         return Asked(0, len(request.chain) + request.fresh, request.now)
 
-    def born(self, parent: int, keys: Sequence[int], asked: Asked | None) -> None:
+    def born(self, parent: int, keys: Sequence[int], asked: Asked) -> None:
         pass
 
     def hinted(self, asked: Asked, chain: Sequence[int], reuse: str, tag: str) -> Asked:

@@ -12,7 +12,6 @@ members of a cohort is added when it happens, what has not happened yet when the
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -39,15 +38,6 @@ def bin_of(age: float) -> int:
         return 0
     at = math.frexp(age / FIRST_BIN_S)[1]
     return at if at < BINS else BINS - 1
-
-
-@dataclass(frozen=True, slots=True)
-class Cohort:
-    """What the blocks of a cohort have in common. `length` is of their request, in blocks."""
-
-    kind: int
-    touches: int
-    length: int
 
 
 class Hazard:

@@ -33,7 +33,6 @@ TIME_SHIFT = 64
 MANY = 64  # leaves that come at once are put into a heap as a whole
 
 Heap = list[int]
-Known = tuple[dict[int, float], dict[int, float]]  # by class, worth of its first leaf in each heap
 
 
 class Ranking:
@@ -287,17 +286,13 @@ class Ranking:
     def _push_all(self, keys: Sequence[int]) -> None:
         """As `_push`, cheaper where they are many. Of one cohort, as after a restart, the youngest
         are the oldest, and stand in one heap only."""
-        if len(keys) < MANY:
+        cohort = self._blocks.cohort
+        if len(keys) < MANY or any(cohort[key] != cohort[keys[0]] for key in keys):
             for key in keys:
                 self._push(key)
             return
-        row = np.asarray(keys, np.int32)
-        cohorts, depths = self._blocks.array("cohort")[row], self._blocks.array("depth")[row]
-        if (cohorts != cohorts[0]).any():
-            for key in keys:
-                self._push(key)
-            return
-        of, columns = int(cohorts[0]), self._hazard.cohorts
+        of, columns, row = cohort[keys[0]], self._hazard.cohorts, np.asarray(keys, np.int32)
+        depths = self._blocks.array("depth")[row]
         self.columns.array("queued")[row] = of
         when = int(columns.time[of] * 1e6) << TIME_SHIFT
         rests = (DEPTH_END - depths.astype(np.int64) << KEY_BITS | row).tolist()

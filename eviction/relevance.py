@@ -92,7 +92,7 @@ class Relevance:
         self.hazard.note_request(now)
         return asked
 
-    def born(self, parent: int, keys: Sequence[int], asked: Asked | None) -> None:
+    def born(self, parent: int, keys: Sequence[int], asked: Asked) -> None:
         if not keys:
             return
         blocks = self.blocks
@@ -108,9 +108,6 @@ class Relevance:
         if unknown[-1] == row[-1]:
             blocks.fan[keys[-1]] = 0
         begin, cohort = self.hazard.begin, blocks.array("cohort")
-        if asked is None:
-            cohort[unknown] = begin(STRANGER, 0, len(keys), len(unknown), self._now)
-            return
         kind, length, now = asked
         if len(unknown) > 1:
             cohort[unknown[:-1]] = begin(kind + TOUCHES[1], 1, length, len(unknown) - 1, now)
@@ -133,9 +130,9 @@ class Relevance:
     def hinted(self, asked: Asked, chain: Sequence[int], reuse: str, tag: str) -> Asked:
         kind = self._hint(reuse, tag) * _PER_HINT + asked.kind % _PER_HINT
         by_cohort: dict[int, list[int]] = {}
-        cohort, cohorts = self.blocks.cohort, self.hazard.cohorts
+        cohorts = self.hazard.cohorts
         for key in chain:
-            of = cohort[key] if key < self.blocks.size else NONE
+            of = self._cohort(key)
             if of != NONE and cohorts.time[of] == asked.now and cohorts.kind[of] < _HUBS:
                 by_cohort.setdefault(of, []).append(key)
         for of, keys in by_cohort.items():
@@ -149,13 +146,13 @@ class Relevance:
         return asked._replace(kind=kind)
 
     def reused(self, key: int) -> bool:
-        cohort = self.blocks.cohort[key] if key < self.blocks.size else NONE
+        cohort = self._cohort(key)
         if cohort == NONE or self.hazard.cohorts.touches[cohort] > 1:
             return True
         return any(ranking.supports(key) for ranking in self._rankings)
 
     def likely(self, key: int, now: float, horizon_s: float, least: float) -> bool:
-        cohort = self.blocks.cohort[key] if key < self.blocks.size else NONE
+        cohort = self._cohort(key)
         if cohort == NONE or not self.hazard.learned:
             return True
         cohorts = self.hazard.cohorts
@@ -163,7 +160,7 @@ class Relevance:
         return self.hazard.chance(cohorts.kind[cohort], age, horizon_s) >= least
 
     def idle_s(self, key: int, now: float) -> float:
-        cohort = self.blocks.cohort[key] if key < self.blocks.size else NONE
+        cohort = self._cohort(key)
         return 0.0 if cohort == NONE else float(now - self.hazard.cohorts.time[cohort])
 
     def _stranger(self, keys: Sequence[int]) -> None:
@@ -179,6 +176,10 @@ class Relevance:
             self.blocks.array("fan")[row] = self.blocks.array("hub")[row] = 0
 
     # -- inside --------------------------------------------------------------------------------
+
+    def _cohort(self, key: int) -> int:
+        """The cohort of a block, NONE when it was never heard of."""
+        return int(self.blocks.cohort[key]) if key < self.blocks.size else NONE
 
     def _request_kind(self, request: Request, gap: float | None) -> int:
         hint = self._hint(request.reuse, request.tag)

@@ -15,11 +15,11 @@ from kvstore.catalog import READY, WRITING, LayoutEntry
 from kvstore.eviction.base import Asked, Request
 from kvstore.leases import ReadLease
 from kvstore.placement import Placement
+from kvstore.reads import ABSENT
 from kvstore.types import DRAM, NVME
 
 GOING_ON_MAX = 4_096  # requests of which more may come
 ROOT = -1
-ABSENT = 1  # why a grant ends: the next block is in no tier. The others are in `reads.STOP_NAMES`.
 GHOSTS_MIN, GHOSTS_MAX = 1_024, 500_000
 
 
@@ -122,16 +122,12 @@ class Learning:
 
     def _asked(self, lease: ReadLease, now: float) -> None:
         entry, keys, catalog = lease.entry, lease.keys, self.catalog
-        get, granted = entry.index.get, lease.ready
+        granted = lease.ready
         context = _known(entry, lease.context) if lease.context else []
         complete = len(context) == len(lease.context)
-        chain = context + lease.blocks if complete else context
-        if complete and granted < len(keys):
-            for at in range(granted, len(keys)):
-                block = get(keys[at])
-                if block is None:
-                    break
-                chain.append(block)
+        chain = context
+        if complete:
+            chain = context + lease.blocks + _known(entry, keys[granted:])
         chain = [block for block in chain if catalog.keys[block] is not None]
         earlier = None
         if context and complete:
@@ -146,9 +142,7 @@ class Learning:
         there = len(context) + granted
         if granted < len(keys) and there <= len(chain):
             self._remember(chain[there - 1] if there else keys[0], asked, stored=False)
-        used, flags, dram = self.placement.room.orders.touched, catalog.flags, catalog.dram
-        leaf_first = reversed(chain[:there])  # the leaf is the coldest
-        used += [dram[block] for block in leaf_first if flags[block] & READY]
+        self._used(chain[:there])
         self._count(lease)
         if self.observers:
             skip = len(lease.context)
@@ -166,6 +160,12 @@ class Learning:
                     tokens_per_s=lease.tokens_per_s,
                 )
             )
+
+    def _used(self, chain: list[int]) -> None:
+        """The slot table is to know in which order blocks were used; the leaf is the coldest."""
+        flags, dram = self.catalog.flags, self.catalog.dram
+        used = [dram[block] for block in reversed(chain) if flags[block] & READY]
+        self.placement.room.orders.touched += used
 
     def _count(self, lease: ReadLease) -> None:
         """Each missed block has one cause."""
@@ -207,9 +207,7 @@ class Learning:
             asked = family.asked(Request(chain, unknown, now, hints.reuse, hints.name))
             if chain:
                 self.placement.touch(chain, now)
-                flags, dram = self.catalog.flags, self.catalog.dram
-                warm = reversed(chain)
-                self.placement.room.orders.touched += [dram[b] for b in warm if flags[b] & READY]
+                self._used(chain)
         elif hints:
             asked = family.hinted(asked, chain, hints.reuse, hints.name)
         self.born(rows, fresh, asked)
@@ -227,7 +225,7 @@ class Learning:
                 )
             )
 
-    def born(self, rows: Sequence[int | None], fresh: Sequence[int], asked: Asked | None) -> None:
+    def born(self, rows: Sequence[int | None], fresh: Sequence[int], asked: Asked) -> None:
         """Tell what the new blocks at these places continue, run by run."""
         keys, run = self.catalog.keys, list[int]()
         for at, following in zip(fresh, [*fresh[1:], ROOT], strict=False):

@@ -209,9 +209,9 @@ class Placement:
         that were found after a restart."""
         self.scrub.go_on()
         flags = self.catalog.flags
+        scarce = self.config.write_budget is not None
         while self._backlog and self.spills < self.config.queue_depth and self.health.ok:
             block = self._backlog[0]
-            scarce = self.config.write_budget is not None
             if not self._may_spill(block) or (scarce and not self._worth_saving(block, now)):
                 self._backlog.popleft()
                 continue
@@ -332,7 +332,7 @@ class Placement:
         if rate is not None:
             self._refill(now)
             full = self._budget / self._budget_most(rate)
-        return self._admission.admits(block, now, self.room.stay_s[NVME], full)
+        return self._admission.admits(block, now, self.room.nvme_stay_s, full)
 
     def _demote_idle(self, now: float) -> None:
         """Idle blocks leave DRAM while there still are free slots, so that there always are."""

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol
 
 import structlog
 
-from kvstore.accesses import Access, AccessKind
+from kvstore.accesses import REUSES, Access, AccessKind
 from kvstore.catalog import LayoutEntry
 from kvstore.errors import InvalidRequest, KVStoreError
 from kvstore.protos import kvstore_pb2 as pb
@@ -49,7 +49,7 @@ from kvstore.trace_file import (
     pack_frame,
     part_path,
 )
-from kvstore.traces import ASKED, OFFERED, REUSES, Sizes
+from kvstore.traces import ASKED, OFFERED, Sizes
 
 MAX_BYTES_DEFAULT = 1 << 30
 MAX_BYTES_LEAST = 16 << 20  # a part must hold the longest request

@@ -72,8 +72,7 @@ class Room:
         self.unsaved: list[int] = []
         self.savable: Callable[[], int] = lambda: UNSAVED_MIN  # copies that can be ordered now
         self.reasons = {DRAM: "room", NVME: "room"}  # as which it counts that blocks made room
-        # How long blocks that make room there were not asked for, of late.
-        self.stay_s = {DRAM: STAY_S, NVME: STAY_S}
+        self.nvme_stay_s = STAY_S  # how long blocks that leave NVMe were not asked for, of late
         # Whether a block that leaves DRAM is worth its write to NVMe.
         self.worth_saving: Callable[[int, float], bool] = lambda block, now: True
         self._must_save = must_save
@@ -314,16 +313,16 @@ class Room:
             if left := self._take_over(tier, slot_bytes, now, force=force):
                 return left
         taken = self._pick(tier, self.policy(tier, slot_bytes), short, now, force)
-        if taken:
-            self._note_stay(tier, self.family.idle_s(taken[0], now))
+        if taken and tier == NVME:
+            self._note_stay(self.family.idle_s(taken[0], now))
         self.leave(tier, taken, self.reasons[tier])
         if taken or self.unsaved:
             return len(taken)
         return self._take_over(tier, slot_bytes, now, force=force, desperate=True)
 
-    def _note_stay(self, tier: int, stay_s: float) -> None:
-        known = self.stay_s[tier]
-        self.stay_s[tier] = stay_s if known == STAY_S else known + STAY_SHARE * (stay_s - known)
+    def _note_stay(self, stay_s: float) -> None:
+        known = self.nvme_stay_s
+        self.nvme_stay_s = stay_s if known == STAY_S else known + STAY_SHARE * (stay_s - known)
 
     def demote(self, slot_bytes: int, count: int, now: float, idle_s: float) -> int:
         """Let blocks that nobody asked for in so long leave DRAM for NVMe before there is need;
@@ -398,14 +397,10 @@ class Room:
         self.unsaved += unsaved
         return taken
 
-    def contest(self, entry: LayoutEntry, blocks: Sequence[int], now: float) -> int:
-        """How many leading ones of these new blocks are worth more than what would have to leave
-        DRAM for them; that has left then."""
-        slot_bytes = entry.slot_bytes
-        short = len(blocks) - self.dram.free(slot_bytes)
-        if short <= 0:
-            return len(blocks)
-        policy = self.policy(DRAM, slot_bytes)
+    def contest(self, entry: LayoutEntry, blocks: Sequence[int], short: int, now: float) -> int:
+        """How many leading ones of these new blocks, for `short` of which there is no slot in DRAM,
+        are worth more than what would have to leave for them; that has left then."""
+        policy = self.policy(DRAM, entry.slot_bytes)
         policy.admit(blocks, now)  # as if they were there
         taken = self._pick(DRAM, policy, short, now, force=False)
         policy.forget(blocks)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from kvstore.accesses import Hints
+from kvstore.accesses import REUSES, Hints
 from kvstore.catalog import LayoutEntry
 from kvstore.counters import Counters
 from kvstore.errors import InvalidRequest
@@ -28,7 +28,7 @@ from kvstore.parking import PARKED_MAX
 from kvstore.placement import PlacementConfig
 from kvstore.reads import LATE, NO_ROOM
 from kvstore.store import Store
-from kvstore.traces import ASKED, REUSES, Chains, Shape, Sizes, Trace
+from kvstore.traces import ASKED, Chains, Shape, Sizes, Trace
 from kvstore.types import MIB, NVME, Layout
 from kvstore.units import format_size
 from kvstore.writes import REFUSED

@@ -11,7 +11,7 @@ argument), what is to be done goes out as `Orders`. One thread calls it. Bytes a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from kvstore.catalog import (
     DOOMED,
@@ -153,12 +153,12 @@ class Store:
         self, entry: LayoutEntry, keys: Sequence[bytes], priority: int, until: float | None
     ) -> int:
         """Keep resident blocks from eviction; returns how many are kept."""
-        found = self._somewhere(entry, keys)
+        found = self._somewhere(map(entry.index.get, keys))
         return sum(self.room.retention.retain(block, priority, until) for block in found)
 
     def forget(self, entry: LayoutEntry, keys: Sequence[bytes]) -> int:
         """Drop blocks from all tiers; returns how many were there."""
-        found = self._somewhere(entry, keys)
+        found = self._somewhere(map(entry.index.get, keys))
         self._drop(found, "forgotten")
         return len(found)
 
@@ -166,14 +166,14 @@ class Store:
         """Drop every block; returns how many there were."""
         count = 0
         for entry in self.catalog.layouts:
-            found = self._somewhere(entry, list(entry.index))
+            found = self._somewhere(entry.index.values())
             self._drop(found, "cleared")
             count += len(found)
         self.catalog.forget_ghosts(0)
         return count
 
-    def _somewhere(self, entry: LayoutEntry, keys: Sequence[bytes]) -> list[int]:
-        flags, rows = self.catalog.flags, map(entry.index.get, keys)
+    def _somewhere(self, rows: Iterable[int | None]) -> list[int]:
+        flags = self.catalog.flags
         return [block for block in rows if block is not None and flags[block]]
 
     def _drop(self, blocks: list[int], reason: str) -> None:

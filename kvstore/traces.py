@@ -29,7 +29,6 @@ from kvstore.types import SLOT_ALIGNMENT
 
 T = TypeVar("T")
 ASKED, OFFERED = 0, 1
-REUSES = ("unknown", "continue", "done")
 CHAINS_KEPT_MAX = 4_096
 FOREST_NAMES = ("parent_delta", "t_ms", "leaf", "block_tokens")
 
@@ -45,7 +44,7 @@ STEP = np.dtype(
         ("put", np.int32),
         ("tokens", np.int64),  # of the whole prompt; 0: as many as the chain has
         ("tokens_per_s", np.float32),  # prefill speed that the client told; 0: none
-        ("reuse", np.uint8),  # place in REUSES
+        ("reuse", np.uint8),  # place in accesses.REUSES
         ("tag", np.uint16),
         ("hit", np.int32),  # as it was when it was recorded; -1: nobody looked
         ("slow", np.int32),  # of them, those on NVMe

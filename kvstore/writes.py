@@ -110,7 +110,7 @@ class Writes:
         self._unrow(blocks[got:])
         waiting = bool(wanted) and not got and not claimed and self.placement.room_will_come
         if not waiting or force:
-            self._learning.notes.append(offer)
+            self._learning.note(offer)
         granted = blocks[:got]
         if shard is not None:
             self._claim(granted, shard)
@@ -270,11 +270,12 @@ class Writes:
         if not blocks or self.placement.health.ok or not room.family.contests:
             return len(blocks)
         asked = self._learning.going_on(offer)
-        if asked is None or len(blocks) <= room.dram.free(offer.entry.slot_bytes):
+        short = len(blocks) - room.dram.free(offer.entry.slot_bytes)
+        if asked is None or short <= 0:
             return len(blocks)
         self._learning.born(offer.rows, offer.fresh, asked)
         held = self.placement.protect(chain)
-        wanted = room.contest(offer.entry, blocks, now)
+        wanted = room.contest(offer.entry, blocks, short, now)
         room.unpin(held)
         return wanted
 

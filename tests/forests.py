@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,3 +62,17 @@ def save(path: Path, paths: Sequence[tuple[int, ...]], *, block_tokens: int = 16
         meta="small",
     )
     return path
+
+
+def load_chains(path: Path) -> Iterator[list[int]]:
+    """The prompts of a compact prefix forest."""
+    with np.load(path) as found:
+        parents = np.arange(len(found["parent_delta"])) - found["parent_delta"]
+        leaves = found["leaf"].tolist()
+    above = parents.tolist()
+    for leaf in leaves:
+        chain = []
+        while leaf >= 0:
+            chain.append(leaf)
+            leaf = above[leaf]
+        yield chain[::-1]

@@ -14,8 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 
-import numpy as np
-
 from kvstore.eviction.arc import ARC
 from kvstore.eviction.base import Policy
 from kvstore.eviction.fifo import FIFO
@@ -24,7 +22,8 @@ from kvstore.eviction.lru import LRU
 from kvstore.eviction.mq import MQ
 from kvstore.eviction.s3fifo import S3FIFO
 from kvstore.eviction.wtinylfu import WTinyLFU
-from tests.eviction.exact import Chain, belady, hit_ratio
+from tests.eviction.exact import belady, hit_ratio
+from tests.forests import load_chains
 
 POLICIES: dict[str, Callable[[int], Policy]] = {
     "lru": LRU,
@@ -37,23 +36,6 @@ POLICIES: dict[str, Callable[[int], Policy]] = {
 }
 BELADY = "belady"
 ANCHORS = ("lru_leaf", "best_peer_hit", "rel", "opt")
-
-
-def load(path: Path) -> list[Chain]:
-    """The requests of a trace, each as its chain of nodes."""
-    with np.load(path) as columns:
-        delta = columns["parent_delta"].astype(np.int64)
-        leaves = columns["leaf"].tolist()
-    parents = (np.arange(len(delta)) - delta).tolist()
-    chains: list[Chain] = []
-    for leaf in leaves:
-        chain: list[int] = []
-        node = leaf
-        while node >= 0:
-            chain.append(node)
-            node = parents[node]
-        chains.append(chain[::-1])
-    return chains
 
 
 def main() -> int:
@@ -71,7 +53,7 @@ def main() -> int:
     for trace, sizes in anchors.items():
         if options.trace not in (None, trace):
             continue
-        requests = load(options.traces / f"{trace}.npz")
+        requests = list(load_chains(options.traces / f"{trace}.npz"))
         sys.stdout.write(f"{trace}, {len(requests)} requests\n")
         for size, known in sizes.items():
             if float(size) > options.size_max:

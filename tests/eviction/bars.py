@@ -24,11 +24,12 @@ from statistics import fmean
 
 import numpy as np
 
+from kvstore.accesses import REUSES
 from kvstore.policies import FAMILIES
 from kvstore.simulation import Machine, Simulation
-from kvstore.traces import REUSES, Sizes, Trace, load
+from kvstore.traces import Sizes, Trace, load
+from tests.eviction.anchors import ANCHORS
 
-ANCHORS = ("lru_leaf", "best_peer_hit", "rel", "opt")
 BELOW = {"rel": 0.005, "lru_leaf": 0.003}  # so much may be missing
 HINTS = ("none", "tag", "reuse 80 %", "reuse 100 %")
 ANCHORS_HINTED = {"reuse 80 %": "rel_hint80", "reuse 100 %": "rel_hint100"}

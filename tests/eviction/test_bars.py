@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvstore.traces import REUSES, load
+from kvstore.accesses import REUSES
+from kvstore.traces import load
 from tests.eviction import bars
+from tests.eviction.anchors import ANCHORS
 from tests.eviction.cost import Bare, Brain, cost
 
 REQUESTS, DRAM = 400, 150
@@ -44,7 +46,7 @@ def traces(tmp_path: Path) -> Path:
         session=np.array(sessions),
         kind=np.array(sessions) % 2,
     )
-    known = {"capacity_blocks": DRAM, **dict.fromkeys(bars.ANCHORS, 0.4)}
+    known = {"capacity_blocks": DRAM, **dict.fromkeys(ANCHORS, 0.4)}
     (tmp_path / "anchors.json").write_text(json.dumps({"traces": {"small": {"0.1": known}}}))
     return tmp_path
 

@@ -233,8 +233,9 @@ def test_no_circle_whatever_lists_are_sent(
         if verb == "ask":
             family.asked(Request(known, len(others), now))
         elif verb == "come":
-            asked = family.asked(Request(known, len(others), now)) if others else None
-            family.born(keys[-1] if keys else NONE, others, asked)
+            if others:
+                asked = family.asked(Request(known, len(others), now))
+                family.born(keys[-1] if keys else NONE, others, asked)
             tier.admit([key for key in others if key not in tier], now)
         elif verb == "leave":
             tier.forget(keys)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from kvstore.ceiling import Ceiling
 from kvstore.curve import SAMPLE_MAX, Curve
+from tests.forests import load_chains
 from tests.worth import exact
 
 SLOT_BYTES = 2 << 20
@@ -50,7 +51,7 @@ def main() -> int:
     parser.add_argument("--trace", type=Path, required=True)
     parser.add_argument("--sample", type=int, default=SAMPLE_MAX)
     chosen = parser.parse_args()
-    chains = list(exact.load_chains(chosen.trace))
+    chains = list(load_chains(chosen.trace))
     unique = len({block for chain in chains for block in chain})
     curve, per_key_s = online(chains, chosen.sample)
     say(f"{chosen.trace.name}: {len(chains):,} requests, {unique:,} blocks")

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Container, Iterable, Iterator, Sequence
-from pathlib import Path
-
-import numpy as np
+from collections.abc import Container, Iterable, Sequence
 
 Chain = Sequence[int]
 Cache = OrderedDict[int, None]
@@ -86,17 +83,3 @@ def conversations(seed: int, requests: int) -> list[list[int]]:
 def key(block: int) -> bytes:
     """The block's hash, as an engine that counts would give it."""
     return block.to_bytes(16, "big")
-
-
-def load_chains(path: Path) -> Iterator[list[int]]:
-    """The prompts of a compact prefix forest."""
-    with np.load(path) as found:
-        parents = np.arange(len(found["parent_delta"])) - found["parent_delta"]
-        leaves = found["leaf"].tolist()
-    above = parents.tolist()
-    for leaf in leaves:
-        chain = []
-        while leaf >= 0:
-            chain.append(leaf)
-            leaf = above[leaf]
-        yield chain[::-1]
