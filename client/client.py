@@ -51,6 +51,9 @@ class Transport(Protocol):
     def settle(self, sessions: Sequence[int], deadline: float) -> None:
         """See Wire.settle."""
 
+    def whole(self) -> bool:
+        """See Wire.whole."""
+
     def close(self, why: str = "") -> None:
         """See Wire.close."""
 

@@ -92,6 +92,10 @@ class FrontDoorWire:
         except KVStoreError:
             return False
 
+    def whole(self) -> bool:
+        """See Wire.whole; here it is known once the stream has ended."""
+        return self.dead is None
+
     def settle(self, sessions: Sequence[int], deadline: float) -> None:
         """See Wire.settle."""
         with contextlib.suppress(KVStoreError):

@@ -174,11 +174,9 @@ class Wire:
                 return False
             self._users += 1  # the socket stays open
         try:
-            poll = select.poll()  # one for each call: two threads may not use one at once
-            poll.register(self._socket, select.POLLRDHUP)
-            ended = poll.poll(0)
+            whole = self._whole()
             self._send(frame, deadline)
-            return not ended
+            return whole
         except KVStoreError:
             self.close("the end of a lease could not be sent")
             return False
@@ -186,6 +184,17 @@ class Wire:
             with self._lock:
                 self._users -= 1
                 self._close_unused()
+
+    def whole(self) -> bool:
+        """Whether the connection has not ended by now: see `release` for what that says of leases,
+        also of those that are held by the process whose session this one has joined."""
+        with self._lock:
+            return self.dead is None and self._whole()
+
+    def _whole(self) -> bool:
+        poll = select.poll()  # one for each call: two threads may not use one at once
+        poll.register(self._socket, select.POLLRDHUP)
+        return not poll.poll(0)
 
     def _send(self, frame: bytes, deadline: float) -> None:
         if not self._sending.acquire(timeout=max(0.0, deadline - time.monotonic())):
