@@ -66,7 +66,7 @@ class Guard:
         return self._why
 
     def ask(self, act: Callable[[], T], otherwise: T) -> T:
-        """What `act` returns, or `otherwise` when the store cannot be asked, or could not answer."""
+        """What `act` returns; `otherwise` when the store cannot be asked or could not answer."""
         if self._why:
             self.counts["skipped"] += 1
             return otherwise
