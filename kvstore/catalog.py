@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 import numpy as np
@@ -64,9 +64,13 @@ class Sums:
         elif sums is not None:
             self._others[row] = sums
 
-    def append(self) -> None:
-        """A row at the end, without checksums."""
-        self._single.append(0)
+    def clear(self, rows: Iterable[int]) -> None:
+        """The checksums of these are not known any more."""
+        single, others = self._single, self._others
+        for row in rows:
+            single[row] = 0
+            if others:
+                others.pop(row, None)
 
     def extend(self, sums: Sequence[bytes | None]) -> None:
         """Rows at the end."""
@@ -120,22 +124,34 @@ class Catalog:
 
     def add(self, entry: LayoutEntry, key: bytes) -> int:
         """A row for a key that has none."""
-        assert key not in entry.index
-        if self._unused:
-            block = self._unused.pop()
-            self.keys[block] = key
-            self.layout[block] = entry.number
-        else:
-            block = len(self.keys)
-            self.keys.append(key)
-            self.layout.append(entry.number)
-            self.flags.append(0)
-            self.dram.append(NOWHERE)
-            self.nvme.append(NOWHERE)
-            self.pins.append(0)
-            self.sums.append()
-        entry.index[key] = block
-        return block
+        return self.add_all(entry, [key])[0]
+
+    def add_all(self, entry: LayoutEntry, added: Sequence[bytes]) -> list[int]:
+        """A row for each of these keys that have none."""
+        keys, layout, unused = self.keys, self.layout, self._unused
+        rows = unused[: -len(added) - 1 : -1]
+        del unused[len(unused) - len(rows) :]
+        for block, key in zip(rows, added, strict=False):
+            keys[block] = key
+            layout[block] = entry.number
+        if more := len(added) - len(rows):
+            rows += self._extend(entry, added[len(rows) :], more)
+        index, before = entry.index, len(entry.index)
+        index.update(zip(added, rows, strict=True))
+        assert len(index) == before + len(added), "one of the keys had a row"
+        return rows
+
+    def _extend(self, entry: LayoutEntry, keys: Sequence[bytes], count: int) -> range:
+        """New rows at the end."""
+        first = len(self.keys)
+        self.keys.extend(keys)
+        self.layout.extend(array("H", [entry.number]) * count)
+        self.flags.extend(array("H", [0]) * count)
+        self.dram.extend(array("I", [NOWHERE]) * count)
+        self.nvme.extend(array("I", [NOWHERE]) * count)
+        self.pins.extend(array("I", [0]) * count)
+        self.sums.extend([None] * count)
+        return range(first, first + count)
 
     def hide(self, blocks: Sequence[int]) -> None:
         """No lookup finds the blocks any more; their rows stay."""

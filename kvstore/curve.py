@@ -24,8 +24,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from itertools import accumulate, repeat
+from itertools import accumulate, chain, repeat
+from typing import Any
 
+import numpy as np
 import xxhash
 
 WHOLE = 1 << 64
@@ -36,6 +38,8 @@ GAIN_MAX = 2.0**40
 SAMPLE_MAX = 16_384
 RATE_MAX = 1 / 16  # a sampled key costs some ten times what another does
 
+Ints = np.ndarray[Any, np.dtype[np.int64]]
+NONE: Ints = np.zeros(0, np.int64)
 Place = tuple[int, int]  # the run of a key, and bytes of the run that were above it
 
 
@@ -168,43 +172,45 @@ class Curve:
 
     def _sink(self) -> None:
         """Lower the threshold so far that an eighth of the sample, or more, goes."""
-        hashes = sorted(_hash(key) for key in self._where)
+        hashes = sorted(map(_hash, self._where))
         self._rebuild(max(hashes[self._sample_max * 7 // 8], 1))
 
     def _rebuild(self, threshold: int) -> None:
         """Keep what is below the threshold and nearer than the horizon, in runs numbered anew."""
-        old, runs = self._runs, _Runs(2 * self._sample_max)
-        newest_first = sorted(self._where.items(), key=lambda item: (-item[1][0], item[1][1]))
+        count, old_sizes = len(self._where), np.array(self._runs.slot_bytes, np.int64)
+        places = np.fromiter(chain.from_iterable(self._where.values()), np.int64, 2 * count)
+        run, above = places[::2], places[1::2]
+        hashes = np.fromiter(map(_hash, self._where), np.uint64, count)
+        newest_first = np.lexsort((above, -run))
+        kept = newest_first[hashes[newest_first] <= np.uint64(threshold - 1)]
         room = self._horizon_bytes * threshold / WHOLE
-        kept: list[tuple[int, list[bytes]]] = []  # bytes of a slot, keys of a run
-        last = -1
-        for key, (run, _) in newest_first:
-            if _hash(key) >= threshold:
-                continue
-            slot_bytes = old.slot_bytes[run]
-            room -= slot_bytes
-            if room < 0:
-                break
-            if run != last:
-                last = run
-                kept.append((slot_bytes, []))
-            kept[-1][1].append(key)
-        self._where = {}
-        for slot_bytes, keys in reversed(kept):
-            new = runs.open(slot_bytes)
-            self._where.update((key, (new, at * slot_bytes)) for at, key in enumerate(keys))
-            runs.fill(new, len(keys) * slot_bytes)
-        self._threshold, self._runs = threshold, runs
+        kept = kept[np.cumsum(old_sizes[run[kept]]) <= room]
+        first = np.flatnonzero(np.diff(run[kept], prepend=-1))  # of each run, in newest-first order
+        lengths = np.diff(first, append=len(kept))
+        sizes = old_sizes[run[kept[first]]]
+        at = np.arange(len(kept)) - np.repeat(first, lengths)
+        number = np.repeat(np.arange(len(first))[::-1], lengths)
+        keys = list(self._where)
+        found = zip(number.tolist(), (at * np.repeat(sizes, lengths)).tolist(), strict=True)
+        self._where = dict(zip([keys[one] for one in kept.tolist()], found, strict=True))
+        self._runs = _Runs(2 * self._sample_max, sizes[::-1], (sizes * lengths)[::-1])
+        self._threshold = threshold
 
 
 class _Runs:
     """Live bytes of each run, and their sums (a Fenwick tree). Later runs have higher numbers."""
 
-    def __init__(self, capacity: int) -> None:
-        self._tree = [0] * (capacity + 1)
-        self.taken: list[int] = []  # bytes of each run that have moved on, from its front
-        self.slot_bytes: list[int] = []
-        self.total = 0
+    def __init__(self, capacity: int, slot_bytes: Ints = NONE, live: Ints = NONE) -> None:
+        """Room for so many runs; there are some already, of these slot sizes and live bytes."""
+        sums = np.zeros(capacity + 1, np.int64)
+        np.cumsum(live, out=sums[1 : len(live) + 1])
+        self.total = int(sums[len(live)])
+        sums[len(live) :] = self.total
+        at = np.arange(capacity + 1)
+        self._tree: list[int] = (sums - sums[at & (at - 1)]).tolist()
+        self._tree[0] = 0
+        self.taken: list[int] = [0] * len(live)  # bytes of each that have moved on, from its front
+        self.slot_bytes: list[int] = slot_bytes.tolist()
 
     @property
     def full(self) -> bool:

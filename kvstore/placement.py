@@ -28,6 +28,7 @@ from kvstore.scrub import Scrub
 from kvstore.slots import Slots
 from kvstore.types import DRAM, NVME
 
+BACKLOG_MIN = 1_024  # no shorter one is looked through
 DRAIN_TRIES = 16
 SCARCE, ENOUGH = 1 / 16, 1 / 8  # shares of DRAM that are free: idle blocks leave between them
 DEMOTED_MAX = 1_024  # in one go
@@ -223,9 +224,10 @@ class Placement:
                 return
             self._slotless = 0
             self._backlog.popleft()
-        if len(self._backlog) > 2 * self.room.resident(DRAM) + 1_024:
-            due = dict.fromkeys(self._backlog)
-            self._backlog = deque(b for b in due if flags[b] & (READY | STORED) == READY)
+        due = len(self._backlog)
+        if due > BACKLOG_MIN and due > 2 * self.room.resident(DRAM) + BACKLOG_MIN:
+            once = dict.fromkeys(self._backlog)
+            self._backlog = deque(b for b in once if flags[b] & (READY | STORED) == READY)
 
     @property
     def room_will_come(self) -> bool:

@@ -183,8 +183,8 @@ class Room:
             self.policy(NVME, slot_bytes).forget(stored)
             self.counters.nvme.evicted[reason] += len(stored)
             self.orders.index.update(dict.fromkeys([catalog.nvme[block] for block in stored]))
+        catalog.sums.clear(blocks)
         for block in blocks:
-            catalog.sums[block] = None
             flags[block] = flags[block] & ~(READY | STORED | UNPROVEN) | DOOMED
         self._unprove(blocks)
         self.retention.forget(blocks)
@@ -216,12 +216,11 @@ class Room:
             flags[block] &= ~gone
         self.policy(tier, self._slot_bytes(blocks)).forget(blocks)
         self.counters.tier(tier).evicted[reason] += len(blocks)
-        for block in blocks:
-            if tier == NVME or not flags[block] & STORED:
-                catalog.sums[block] = None
         if tier == NVME:
+            catalog.sums.clear(blocks)
             self.orders.index.update(dict.fromkeys([catalog.nvme[block] for block in blocks]))
         else:
+            catalog.sums.clear(block for block in blocks if not flags[block] & STORED)
             self._unprove(blocks)
         self.free(tier, blocks)
         self.settle(blocks, reason)

@@ -253,12 +253,15 @@ class Writes:
 
     def _rows(self, entry: LayoutEntry, keys: list[bytes]) -> list[int]:
         """Rows for new keys; a block that is on a fenced device keeps the row that it has."""
-        get, add, ghosts = entry.index.get, self.catalog.add, self.catalog.ghosts
-        rows = [get(key, -1) if key in entry.index else add(entry, key) for key in keys]
-        if ghosts:
-            for row in rows:
-                ghosts.pop(row, None)
-        return rows
+        rows = list(map(entry.index.get, keys))
+        new = [key for key, row in zip(keys, rows, strict=True) if row is None]
+        added = self.catalog.add_all(entry, new)
+        if len(new) == len(keys):
+            return added
+        ghosts, rest = self.catalog.ghosts, iter(added)
+        for row in rows:
+            ghosts.pop(row, None)  # type: ignore[arg-type]  # what has none is no ghost
+        return [next(rest) if row is None else row for row in rows]
 
     def _unrow(self, blocks: Sequence[int]) -> None:
         self.placement.room.settle(blocks, "refused")
