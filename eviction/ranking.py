@@ -114,8 +114,8 @@ class Ranking:
             self._count -= 1
             if self._gone.pop(key, key) is not None:
                 self._unlink(key)
-            for ranking in self._others:
-                ranking.missing(key)
+        for ranking in self._others:
+            ranking.missing(keys)
 
     def drop(self, keys: Sequence[int]) -> None:
         pass  # the family is told
@@ -139,10 +139,12 @@ class Ranking:
             if self.columns.resident[key] and key not in self._gone:
                 self._link(key)
 
-    def missing(self, key: int) -> None:
-        """A block has left one of the tiers, or was never in this one."""
-        if NONE < key < self.columns.size and self.columns.child[key] != NONE:
-            self._gaps[key] = None
+    def missing(self, keys: Sequence[int]) -> None:
+        """Blocks have left one of the tiers, or were never in this one."""
+        child, size = self.columns.child, self.columns.size
+        for key in keys:
+            if NONE < key < size and child[key] != NONE:
+                self._gaps[key] = None
 
     def supports(self, key: int) -> bool:
         """Whether a block that is here depends on this one."""
@@ -152,17 +154,17 @@ class Ranking:
         """A block has come to one of the tiers."""
         self._gaps.pop(key, None)
 
-    def cut(self, key: int) -> list[int]:
-        """A block that is not resident is not known any more; what hangs on it here."""
-        self._gaps.pop(key, None)
-        if key >= self.columns.size:
-            return []
+    def cut(self, keys: Sequence[int]) -> list[int]:
+        """Blocks that are not resident are not known any more; what hangs on them here."""
         self._settle()
-        child = self.columns.child
-        orphans = list(self._more.pop(key, ()))
-        if child[key] != NONE:
-            orphans.append(child[key])
-            child[key] = NONE
+        child, size, gaps = self.columns.child, self.columns.size, self._gaps
+        orphans: list[int] = []
+        for key in keys:
+            if gaps:
+                gaps.pop(key, None)
+            if key < size and child[key] != NONE:
+                orphans += (child[key], *self._more.pop(key, ()))
+                child[key] = NONE
         return orphans
 
     # -- naming --------------------------------------------------------------------------------
@@ -331,7 +333,7 @@ class Ranking:
             back, self._gone = list(self._gone), {}
             for key in back:
                 self._link(key)
-                self.missing(self._blocks.parent[key])
+                self.missing((self._blocks.parent[key],))
             self._requeue(back)
         if self._aside:
             aside, self._aside = list(self._aside), {}

@@ -116,14 +116,14 @@ class Relevance:
     def drop(self, keys: Sequence[int]) -> None:
         blocks, end, now = self.blocks, self.hazard.end, self._now
         cohorts, parents, depths = blocks.cohort, blocks.parent, blocks.depth
-        for key in keys:
-            if key >= blocks.size or (cohort := cohorts[key]) == NONE:
-                continue
-            end(cohort, 1, now, returned=False)
+        known = [key for key in keys if key < blocks.size and cohorts[key] != NONE]
+        for cohort, run in itertools.groupby(known, cohorts.__getitem__):
+            end(cohort, len(list(run)), now, returned=False)
+        for ranking in self._rankings:
+            for orphan in ranking.cut(known):
+                parents[orphan] = NONE
+        for key in known:
             cohorts[key] = NONE
-            for ranking in self._rankings:
-                for orphan in ranking.cut(key):
-                    parents[orphan] = NONE
             parents[key] = NONE
             depths[key] = UNPLACED
 
