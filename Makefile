@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: soak-kill soak-reboot soak-linear soak-restart soak-deaths soak-deadlines soak-faults soak-power soak-flips soak-simulate setup demo test bench proto clean
+.PHONY: soak-kill soak-reboot soak-linear soak-restart soak-deaths soak-deadlines soak-faults soak-power soak-flips soak-simulate soak-attribution setup demo test bench proto clean
 
 setup: $(VENV)/ready
 
@@ -66,6 +66,10 @@ soak-deaths: setup
 # No call outlasts its deadline while the daemon is stopped, dead, or starts again and again.
 soak-deadlines: setup
 	$(RUN) -m tests.soak.deadlines
+
+# Every block asked for is counted once, whatever happens to it and to who asks.
+soak-attribution: setup
+	$(RUN) -m tests.soak.attribution
 
 # The oldest generator on purpose: its output loads under every newer protobuf runtime.
 proto: setup

@@ -22,6 +22,7 @@ SMALL = {
     "restart": "--size 32MiB --times 1 --bar 20",
     "deaths": "--deaths 50",
     "deadlines": "--seconds 1 --timeout 0.1 --grace 2 --many 8000",
+    "attribution": "--seconds 4",
 }
 
 
