@@ -100,6 +100,7 @@ class Daemon:
         self.log_path = self.folder / "log"
         self.process: subprocess.Popen[bytes] | None = None
         self.gated = False  # whether `hold` works: see tests.e2e.gated
+        self.times = 1.0  # as fast as the clock goes its life: see tests.e2e.fast
         self.forgiven: tuple[str, ...] = ()  # texts of DEFECTS that this test provokes
         self._clients: list[Client] = []
         live.append(self)
@@ -127,6 +128,8 @@ class Daemon:
         assert self.process is None
         config = self.write_config()
         module = ["tests.e2e.gated", str(self.folder)] if self.gated else ["kvstore.daemon"]
+        if self.times != 1.0:
+            module = ["tests.e2e.fast", str(self.times)]
         environ = {name: v for name, v in os.environ.items() if not name.startswith("KVSTORE_")}
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(

@@ -1,11 +1,12 @@
 """A trace played by a client against a real daemon, and by `kvstore simulate`: the same hits?
 
-    python -m tests.e2e.replay --trace FILE [--requests N] [--dram SHARE] [--nvme SHARE]
+    python -m tests.e2e.replay --trace FILE [--requests N] [--dram SHARE] [--nvme SHARE] [--times K]
 
-Blocks are of 4 KiB where that fills a daemon's least memory. The trace's own pauses are left out,
-so a policy that goes by time sees another trace than the file holds: the daemon records what it is
-asked, and the simulator plays that. With an NVMe tier the client waits after each request until
-nothing is under way, as it would have waited in the pauses.
+Blocks are of 4 KiB where that fills a daemon's least memory. With --times the brain of the daemon
+lives so many times as fast as the clock, and the client keeps the trace's pauses, as much shorter.
+Without it they are left out; only a policy that does not go by time sees the same trace then. With
+an NVMe tier the client waits after each request until nothing is under way, as it would have waited
+in the pauses.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -40,16 +40,15 @@ def main() -> int:
     parser.add_argument("--dram", type=float, default=0.05, help="share of the distinct blocks")
     parser.add_argument("--nvme", type=float, default=0.0, help="share of the distinct blocks")
     parser.add_argument("--policy", default="")
+    parser.add_argument("--times", type=float, default=0.0)
     given = parser.parse_args()
     trace = shortened(load(given.trace, block_bytes=BLOCK_BYTES), given.requests)
     sizes = tiers(trace, given.dram, given.nvme)
-    with tempfile.TemporaryDirectory() as folder:
-        started, record = time.perf_counter(), Path(folder) / "trace"
-        real = replay(trace, sizes, given.policy, record)
-        print_line(f"daemon    {real:.4%} in {time.perf_counter() - started:.1f} s")
-        recorded = load(record)
     started = time.perf_counter()
-    simulated = simulate(recorded, sizes, given.policy)
+    real = replay(trace, sizes, given.policy, given.times)
+    print_line(f"daemon    {real:.4%} in {time.perf_counter() - started:.1f} s")
+    started = time.perf_counter()
+    simulated = simulate(trace, sizes, given.policy)
     print_line(f"simulated {simulated:.4%} in {time.perf_counter() - started:.1f} s")
     print_line(f"difference {abs(real - simulated):.4%} of {len(trace.steps)} requests")
     return 0 if abs(real - simulated) <= BAR else 1
@@ -85,15 +84,12 @@ def tiers(trace: Trace, dram: float, nvme: float) -> Sizes:
     return Sizes(dram_bytes=size(dram), nvme_bytes=size(nvme), slab_bytes=slab_bytes)
 
 
-def replay(trace: Trace, sizes: Sizes, policy: str = "", record: Path | None = None) -> float:
-    """The hit ratio that a daemon counts, and a record of what it was asked."""
+def replay(trace: Trace, sizes: Sizes, policy: str = "", times: float = 0.0) -> float:
+    """The hit ratio that a daemon counts."""
     with daemon_of(sizes, policy) as daemon:
+        daemon.times = times or 1.0
         with daemon.start().client(timeout_s=30.0) as client:
-            if record is not None:
-                client.start_trace(record)
-            play(trace, client, settle=sizes.nvme_bytes > 0)
-            if record is not None:
-                client.stop_trace()
+            play(trace, client, settle=sizes.nvme_bytes > 0, times=times)
         blocks = daemon.settled().blocks
         ratio: float = blocks.hit / blocks.asked
         return ratio
@@ -110,8 +106,9 @@ def daemon_of(sizes: Sizes, policy: str = "") -> Daemon:
     return daemon
 
 
-def play(trace: Trace, client: Client, *, settle: bool = False) -> None:
-    """Ask for each prompt, and store what of it is missing."""
+def play(trace: Trace, client: Client, *, settle: bool = False, times: float = 0.0) -> None:
+    """Ask for each prompt, and store what of it is missing; so many times as fast as the trace was
+    recorded, or 0: as fast as can be."""
     size = trace.shapes[0].block_bytes
     layout = Layout(model="replay", engine="test/1", dtype="any", block_tokens=16, shard_bytes=size)
     cache = client.open(layout)
@@ -125,8 +122,10 @@ def play(trace: Trace, client: Client, *, settle: bool = False) -> None:
         moves = client.stats().tenants.default.moves
         return not moves.spills and not moves.loads
 
-    for leaf in trace.steps["leaf"].tolist():
+    started, pace = time.monotonic(), 1 / times if times else 0.0
+    for at, leaf in zip(trace.steps["t"].tolist(), trace.steps["leaf"].tolist(), strict=True):
         hashes = chains.to(leaf)
+        time.sleep(max(0.0, started + at * pace - time.monotonic()))
         if cache.get(hashes, [its] * len(hashes)).length < len(hashes):
             cache.put(hashes, [ours] * len(hashes), deadline_s=10.0)
         if settle:
