@@ -140,7 +140,7 @@ class Learning:
         else:
             asked = earlier
         there = len(context) + granted
-        if granted < len(keys) and there <= len(chain):
+        if keys and there <= len(chain):
             self._remember(chain[there - 1] if there else keys[0], asked, stored=False)
         self._used(chain[:there])
         self._count(lease)

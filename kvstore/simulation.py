@@ -211,7 +211,7 @@ class Simulation:
         prompt.done += hit
         if hit and lease.stop == NO_ROOM and prompt.done < len(prompt.keys):
             self._ask(prompt)
-        elif prompt.done < prompt.put:
+        elif prompt.done < prompt.put or (prompt.put and prompt.hints):
             deadline = self.now + self._machine.deadline_s
             self._offer(
                 _Offer(prompt.entry, prompt.keys, prompt.done, prompt.put, prompt.hints, deadline)
