@@ -34,6 +34,7 @@ class Holdings:
         self._sessions = sessions
         self._catalog = placement.catalog
         self._scrub = placement.scrub
+        self._mirror = placement.mirror
         self._limited = limited
         self._tenant = Credit()
         self._leases_left = 0
@@ -132,8 +133,9 @@ class Holdings:
         if rows:
             flags = np.frombuffer(catalog.flags, np.uint16)
             moves = (flags & SPILLING != 0).astype(np.uint32)
-            for block, count in self._scrub.pinned().items():
-                moves[block] += count
+            for pinned in (self._scrub.pinned(), self._mirror.pinned()):
+                for block, count in pinned.items():
+                    moves[block] += count
             leased = (np.frombuffer(catalog.pins, np.uint32) > moves) | (flags & WRITING != 0)
             counts = np.bincount(np.frombuffer(catalog.layout, np.uint16)[leased])
             held = sum(

@@ -143,6 +143,8 @@ class Learning:
         if keys and there <= len(chain):
             self._remember(chain[there - 1] if there else keys[0], asked, stored=False)
         self._used(chain[:there])
+        if lease.devices:
+            self.placement.mirror.asked(lease, now)
         self._count(lease)
         if self.observers:
             skip = len(lease.context)

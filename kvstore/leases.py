@@ -23,6 +23,7 @@ class ReadLease:
         "asked",
         "blocks",
         "context",
+        "devices",
         "enough",
         "entry",
         "keys",
@@ -50,6 +51,7 @@ class ReadLease:
         self.answered = False
         self.parked = False  # it was answered by: ask again when there is room
         self.context: Sequence[bytes] = ()  # keys that the blocks continue
+        self.devices: Sequence[int] = ()  # where the reader wants each shard, if not in DRAM
         self.keys: Sequence[bytes] = ()  # that are asked for
         self.asked = 0
         self.tokens_per_s = 0.0

@@ -19,6 +19,7 @@ class MoveKind(enum.IntEnum):
     SUM = 4  # take the checksum of a DRAM slot, and compare it where one is known
     VERIFY = 5  # read an NVMe slot and check it
     PROBE = 6  # see whether a fenced device works again
+    CLIMB = 7  # DRAM slot -> slot of a GPU
 
 
 class Outcome(enum.Enum):
@@ -46,6 +47,9 @@ class Move:
     sums: bytes | None = None
     seconds: float = 0.0
     proof: int = 0
+    hbm: int = 0  # of CLIMB: the slot's page, the device's number, which shard
+    device: int = 0
+    shard: int = 0
 
 
 @dataclasses.dataclass(slots=True)

@@ -22,6 +22,7 @@ from kvstore.catalog import (
 )
 from kvstore.eviction.base import Family
 from kvstore.health import DeviceHealth
+from kvstore.mirror import Mirror
 from kvstore.orders import IndexPut, Move, MoveKind, Outcome
 from kvstore.room import IN_USE, Room
 from kvstore.scrub import Scrub
@@ -38,7 +39,8 @@ DEMOTED_MAX = 1_024  # in one go
 class PlacementConfig:
     """Sizes and rules of one tenant's tiers.
 
-    nvme_bytes 0 means that there is no NVMe tier. `write_budget` is in bytes per second, None for
+    nvme_bytes 0 means that there is no NVMe tier, hbm_bytes has the size of each GPU's part, by the
+    numbers that clients use. `write_budget` is in bytes per second, None for
     no bound. `spread` is the number of NVMe devices. `queue_depth` bounds spills under way. A
     device that has ended no move for `hang_s`, though some are under way, counts as failed. Blocks
     that were not asked for in `idle_s` make room before it is needed, 0: none do.
@@ -54,6 +56,7 @@ class PlacementConfig:
     loads_max: int = 4_096
     hang_s: float = 10.0
     idle_s: float = 0.0
+    hbm_bytes: tuple[int, ...] = ()
 
 
 class Placement:
@@ -80,6 +83,7 @@ class Placement:
         self._slotless = 0  # tries in a row that found no slot on NVMe
         self._again: list[int] = []  # could not be written; tried again at the next tick
         self.scrub = Scrub(self.room)
+        self.mirror = Mirror(self.room, self.scrub, config.hbm_bytes, config.slab_bytes)
         self._admission = Admission(family)
         self.room.worth_saving = self._worth_saving
         self.room.savable = lambda: self.config.queue_depth - self.spills
@@ -292,6 +296,9 @@ class Placement:
         if move.kind in (MoveKind.PROVE, MoveKind.SUM):
             self.scrub.finished(move, outcome)
             self.room.orders.room = True
+            return
+        if move.kind is MoveKind.CLIMB:
+            self.mirror.finished(move, outcome, now)
             return
         self._moved_at = now
         self._note_health(move, outcome, now)

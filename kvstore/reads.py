@@ -9,7 +9,7 @@ from kvstore.holdings import Holdings
 from kvstore.leases import ReadLease, Session, Sessions
 from kvstore.orders import Move, MoveKind, Outcome
 from kvstore.placement import Placement
-from kvstore.types import DRAM, NVME
+from kvstore.types import DRAM, HBM, NVME
 
 # Why a grant ends where it does, as on the wire.
 END, ABSENT, PENDING, LATE, NO_ROOM, TOO_SLOW, FAILED = range(7)
@@ -46,15 +46,19 @@ class Reads:
         enough: int = 0,
         tokens_per_s: float = 0.0,
         context: Sequence[bytes] = (),
+        devices: Sequence[int] = (),
     ) -> ReadLease:
         """A read lease on the longest prefix that is in DRAM or can be brought there. `context` are
-        keys that the list continues; they are not asked for.
+        keys that the list continues; they are not asked for. `devices` name the GPU that each shard
+        is wanted on, by its number in the tier.
 
         When `lease.answered` is true the answer is final; else it comes among `orders.answers`, or
         from `cut`. A lease answered without blocks is over already. With `wait`, one that is
         `parked` is over, too: there is no room for its first block, but some will come, so that the
         caller had better ask again.
         """
+        if devices:
+            self.placement.mirror.check(entry, devices)
         self.holdings.check_leases(session)
         asked = len(keys)
         allowed = self.holdings.allow(session, entry, asked, now, keys)
@@ -65,6 +69,7 @@ class Reads:
         lease.keys = keys
         lease.tokens_per_s = tokens_per_s
         lease.context = context
+        lease.devices = devices
         patient = wait and allowed == asked
         blocks, seen = self._resident(entry, keys)
         lease.blocks = blocks
@@ -275,6 +280,8 @@ class Reads:
         if lease.tiers.count(NVME):
             for block in blocks:
                 flags[block] &= ~FRESH
+        if lease.devices:
+            self.placement.mirror.mark(lease)
         self._count(lease)
         self._note(lease)
         if not blocks:
@@ -291,9 +298,12 @@ class Reads:
         counters.miss += missed
         lease.missed, lease.why = missed, lease.why or STOP_NAMES[lease.stop]
         lease.slow = slow = lease.tiers.count(NVME)
+        on_devices, size = lease.tiers.count(HBM), lease.entry.layout.block_bytes
         counters.nvme.hits += slow
-        counters.dram.hits += hit - slow
-        counters.dram.read_bytes += hit * lease.entry.layout.block_bytes
+        counters.hbm.hits += on_devices
+        counters.hbm.read_bytes += on_devices * size
+        counters.dram.hits += hit - slow - on_devices
+        counters.dram.read_bytes += (hit - on_devices) * size
         tokens = hit * lease.entry.layout.block_tokens
         counters.saved_tokens += tokens
         if lease.tokens_per_s > 0:

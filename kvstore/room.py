@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from kvstore.catalog import (
     DOOMED,
     FRESH,
+    HIT,
     LOADING,
     NOWHERE,
     READY,
@@ -75,6 +76,8 @@ class Room:
         self.nvme_stay_s = STAY_S  # how long blocks that leave NVMe were not asked for, of late
         # Whether a block that leaves DRAM is worth its write to NVMe.
         self.worth_saving: Callable[[int, float], bool] = lambda block, now: True
+        # Told of blocks that have left DRAM, whose slots are free.
+        self.left_dram: Callable[[Sequence[int]], None] = lambda blocks: None
         self._must_save = must_save
         self.family = family
         self._policies: dict[tuple[int, int], Policy] = {}
@@ -200,6 +203,7 @@ class Room:
         ]
         if gone:
             gone = list(dict.fromkeys(gone))  # a lease may name a block twice
+            self.left_dram(gone)
             self.free(DRAM, gone)
             self.free(NVME, gone)
             self.catalog.drop(gone)
@@ -209,7 +213,7 @@ class Room:
         """The blocks, all of one slot size, leave a tier; those in no other are forgotten."""
         if not blocks:
             return
-        bit, gone = (READY, READY | FRESH | UNPROVEN) if tier == DRAM else (STORED, STORED)
+        bit, gone = (READY, READY | FRESH | UNPROVEN | HIT) if tier == DRAM else (STORED, STORED)
         catalog, flags = self.catalog, self.catalog.flags
         for block in blocks:
             assert flags[block] & bit, f"block {block} is not there to leave"
@@ -222,6 +226,7 @@ class Room:
         else:
             catalog.sums.clear(block for block in blocks if not flags[block] & STORED)
             self._unprove(blocks)
+            self.left_dram(blocks)
         self.free(tier, blocks)
         self.settle(blocks, reason)
 

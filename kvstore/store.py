@@ -305,6 +305,7 @@ class Store:
     def check(self) -> None:
         """Asserts what must hold between calls. For tests: it looks at everything."""
         self.room.check()
+        self.placement.mirror.verify()
         pins = [0] * len(self.catalog.keys)
         writing: set[int] = set()
         for session in self.sessions:
@@ -319,5 +320,6 @@ class Store:
                         writing.add(block)
         for block, flags in enumerate(self.catalog.flags):
             moves = (1 if flags & SPILLING else 0) + self.placement.scrub.count(block)
+            moves += self.placement.mirror.pinned()[block]
             assert self.catalog.pins[block] == pins[block] + moves, f"pins of block {block}"
         assert self.counters.asked == self.counters.hit + self.counters.miss

@@ -69,13 +69,18 @@ class Layout:
     @property
     def slot_bytes(self) -> int:
         """Bytes that one block takes in a tier: its own, rounded up to the alignment."""
-        return -(-self.block_bytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+        return slot_bytes_of(self.block_bytes)
 
     @property
     def fingerprint(self) -> bytes:
         """16 bytes that differ when any field differs; part of every key."""
         fields = json.dumps(dataclasses.asdict(self), sort_keys=True).encode()
         return hashlib.blake2b(fields, digest_size=16, person=b"kvstore-layout").digest()
+
+
+def slot_bytes_of(size: int) -> int:
+    """So many bytes, rounded up to the alignment."""
+    return -(-size // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
 
 
 def check_keys(hashes: Sequence[bytes]) -> int:

@@ -21,7 +21,7 @@ Name = tuple[int, bytes]  # layout number, key
 Bytes = tuple[Token, ...]
 JUNK: Token = (b"junk", 0, 0)
 WILL_LOAD = (MoveKind.LOAD, MoveKind.PREFETCH)
-READS_DRAM = (MoveKind.SPILL, MoveKind.SUM, MoveKind.PROVE)
+READS_DRAM = (MoveKind.SPILL, MoveKind.SUM, MoveKind.PROVE, MoveKind.CLIMB)
 USES_NVME = (*WILL_LOAD, MoveKind.SPILL, MoveKind.VERIFY)
 
 
@@ -63,6 +63,7 @@ class Reader:
     names: list[Name]
     floor: list[int]  # for each key, when it was last forgotten
     granted: list[tuple[int, Bytes]] | None = None
+    copies: list[tuple[int, int, Token]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(eq=False)
@@ -74,6 +75,11 @@ class Partial:
     done: set[int]
 
 
+def store_copies(store: Store) -> int:
+    """Copies that can be read, on all devices."""
+    return store.placement.mirror.blocks
+
+
 class Books:
     """The model: simulated bytes, and who may touch which of them."""
 
@@ -83,6 +89,7 @@ class Books:
         self.step = 0
         self.dram: dict[int, list[Token]] = {}
         self.nvme: dict[int, Bytes] = {}
+        self.hbm: dict[tuple[int, int], Token] = {}  # by device and page
         self.table: dict[int, tuple[str, Name]] = {}  # the slot table, as the marks made it
         self.index: dict[int, IndexPut] = {}  # the NVMe index, as the orders made it
         self.ever: dict[Name, dict[Bytes, int]] = {}  # contents committed, and when
@@ -131,6 +138,10 @@ class Books:
                 self.dram[move.dram] = [JUNK] * move.entry.layout.shards
             elif move.kind is MoveKind.SPILL:
                 self.nvme[move.nvme] = (JUNK,)
+            elif (
+                move.kind is MoveKind.CLIMB and self.store.placement.mirror.devices[move.device].ok
+            ):
+                self.hbm[move.device, move.hbm] = JUNK
 
     def _scribble(self, writer: Writer) -> None:
         for page, shard in writer.places():
@@ -154,6 +165,9 @@ class Books:
         for reader in self.readers:
             for page, content in reader.granted or ():
                 assert tuple(self.dram[page]) == content, "bytes changed under a read lease"
+            for device, page, copy in reader.copies:
+                if self.store.placement.mirror.devices[device].ok:
+                    assert self.hbm[device, page] == copy, "a copy changed under a read lease"
         for page, (state, name) in self.table.items():
             if state == "committed":
                 content, floor = tuple(self.dram[page]), self.forgotten.get(name, -1)
@@ -253,7 +267,9 @@ class Books:
         ready = sum(state == "committed" for state, _ in self.table.values())
         assert self.published - counters.dram.evicted.total() == ready
         assert self.saved - counters.nvme.evicted.total() == len(self.index)
-        assert counters.hit == counters.dram.hits + counters.nvme.hits
+        assert counters.hit == counters.dram.hits + counters.nvme.hits + counters.hbm.hits
+        left = counters.hbm.promoted - counters.hbm.evicted.total()
+        assert left == store_copies(self.store), "copies come and go uncounted"
         assert counters.quarantined == sum(len(ghost.blocks) for ghost in self.ghosts)
 
     def _all_writers(self) -> list[Writer]:

@@ -67,6 +67,7 @@ def make_world(
     loads: int,
     leases: int,
     family: str = "lru",
+    hbm: Sequence[int] = (),
 ) -> World:
     """Tiers of some slabs. The smallest hold two blocks, so every shortage occurs."""
     config = PlacementConfig(
@@ -78,6 +79,7 @@ def make_world(
         spread=spread,
         queue_depth=queue,
         loads_max=loads,
+        hbm_bytes=tuple(slabs * slab_pages * PAGE for slabs in hbm),
     )
     limits = Limits(leases_per_session=leases, sessions=4)
     return World(config, limits, layouts, FAMILIES[family])
@@ -112,6 +114,7 @@ class Seeded:
             loads=chance.choice((1, 4, 64)),
             leases=chance.choice((3, 30)),
             family=chance.choice(("lru", "relevance", *FAMILIES)),
+            hbm=chance.choice(((), (), (1,), (2, 1))),
         )
         self.outcomes = OUTCOMES if chance.random() < 0.5 else (Outcome.DONE,)
         self.focus = chance.randrange(len(FOCUSES))
@@ -128,8 +131,8 @@ class Seeded:
             getattr(self, f"_{name}")()
             world.after()
         counters = world.store.counters
-        for tier, evicted in (("dram", counters.dram.evicted), ("nvme", counters.nvme.evicted)):
-            for reason, count in evicted.items():
+        for tier in ("hbm", "dram", "nvme"):
+            for reason, count in getattr(counters, tier).evicted.items():
                 world.marks[f"{tier} {reason}"] += count
         world.end()
         return world
@@ -205,14 +208,20 @@ class Seeded:
 
     def _acquire(self) -> None:
         context, keys = self._context_and_keys()
+        layout, devices = self._layout(), len(self.world.store.placement.mirror.devices)
+        wanted: list[int] = []
+        if devices and self.chance.random() < 0.7:
+            shards = self.world.entries[layout].layout.shards
+            wanted = [self.chance.randrange(devices) for _ in range(shards)]
         self.world.acquire(
             self._pick(self.world.sessions),
-            self._layout(),
+            layout,
             keys,
             wait=self.chance.random() < 0.8,
             enough=self._pick((0, 0, 0, 0, 0, 1, 2)),
             tokens_per_s=self._pick(SPEEDS),
             context=context,
+            devices=wanted,
         )
 
     def _cut(self) -> None:

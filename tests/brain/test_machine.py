@@ -57,6 +57,7 @@ class Machine(RuleBasedStateMachine):
         leases=st.integers(2, 8),
         found=st.integers(0, 6),
         family=st.sampled_from(["relevance", *FAMILIES]),
+        hbm=st.sampled_from([(), (1,), (2, 1)]),
     )
     def begin(self, found: int, **sizes: object) -> None:
         self.world = make_world(**sizes)  # type: ignore[arg-type]
@@ -133,6 +134,7 @@ class Machine(RuleBasedStateMachine):
         speed=st.sampled_from(SPEEDS),
         skip=context_length,
         twice=st.booleans(),
+        seats=st.none() | st.lists(place, min_size=3, max_size=3),
     )
     def acquire(
         self,
@@ -144,18 +146,22 @@ class Machine(RuleBasedStateMachine):
         speed: float,
         skip: int,
         twice: bool,
+        seats: list[int] | None,
     ) -> None:
+        layout, there = self.layout(what), len(self.world.store.placement.mirror.devices)
+        shards = self.world.entries[layout].layout.shards
         session = _one(self.world.sessions, who)
         if twice:  # senseless, but a client may do it
             keys = keys[:2] + keys
         self.world.acquire(
             session,
-            self.layout(what),
+            layout,
             keys[skip:],
             wait=wait,
             enough=enough,
             tokens_per_s=speed,
             context=keys[:skip],
+            devices=[at % there for at in seats[:shards]] if seats and there else (),
         )
 
     @precondition(lambda self: self.world.readers)
@@ -252,7 +258,9 @@ def test_the_runs_went_everywhere() -> None:
         for seed in range(SEEDS):
             MARKS.update(Seeded(seed).run(STEPS).marks)
     wanted = {
+        "climbed",
         "corrupt",
+        "doomed while climb",
         "doomed while load",
         "doomed while pinned",
         "doomed while prefetch",
@@ -263,6 +271,10 @@ def test_the_runs_went_everywhere() -> None:
         "dram slab",
         "fenced",
         "forced loss",
+        "hbm below",
+        "hbm failed",
+        "hbm room",
+        "hit in hbm",
         "hit on nvme",
         "idle parts given up",
         "joined a load in flight",
