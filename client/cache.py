@@ -176,13 +176,17 @@ class Cache:
         *,
         deadline_s: float = DEADLINE_S,
         prefill_tokens_per_s: float | None = None,
+        gpus: Sequence[int] = (),
     ) -> Grant:
         """The right to read the longest prefix that is resident, or is loaded within the deadline.
 
         With deadline_s 0, what is in memory now; loads of what follows are ordered all the same.
+
+        gpus        for each shard the GPU on which it is wanted, as a place in `client.gpus`: what
+                    is asked for again is copied there, see `Grant.copies`
         """
         check_keys(hashes)
-        return self._acquire(hashes, _wait_s(deadline_s), prefill_tokens_per_s, 0)
+        return self._acquire(hashes, _wait_s(deadline_s), prefill_tokens_per_s, 0, gpus=gpus)
 
     def prefetch(self, hashes: Sequence[bytes]) -> int:
         """Bring blocks of the resident prefix up into memory, without waiting; how many must be."""
@@ -295,6 +299,7 @@ class Cache:
         enough: int,
         *,
         skip: int = 0,
+        gpus: Sequence[int] = (),
     ) -> Grant:
         session, reply = self._ask(
             pb.ACQUIRE,
@@ -306,6 +311,7 @@ class Cache:
             prefill_tokens_per_s=tokens_per_s or 0.0,
             enough=enough,
             skip=skip,
+            gpus=gpus,
         )
         return Grant(self.client, session, self.layout, reply)
 

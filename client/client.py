@@ -198,6 +198,12 @@ class Client:
         )
 
     @property
+    def gpus(self) -> list[tuple[str, int, bytes]]:
+        """The tenant's parts of GPU memory: PCI address, bytes, and the handle of CUDA IPC."""
+        attached = self.session(self.deadline()).attached
+        return [(one.bus, one.bytes, one.handle) for one in attached.gpus]
+
+    @property
     def arena(self) -> Arena | None:
         """The arena as it is mapped now; None before the first connection."""
         return self._arena

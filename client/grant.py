@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from array import array
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from kvstore.types import TIERS, Layout
 
 if TYPE_CHECKING:
     from kvstore.client.client import Client, Session
+
+NO_COPY = 0xFFFFFFFFFFFFFFFF
 
 
 class Grant:
@@ -49,6 +52,15 @@ class Grant:
         """For "late": when the next block is expected, in seconds from the answer."""
         estimate: float = self._reply.estimate_s
         return estimate
+
+    @functools.cached_property
+    def copies(self) -> list[int | None]:
+        """For each block and shard where its copy starts in the arena of the GPU that was asked
+        for, None where there is none. The block is at its place in DRAM, too."""
+        found = array("Q", self._reply.copies)
+        if not found:
+            return [None] * (self.length * self._layout.shards)
+        return [None if offset == NO_COPY else offset for offset in found]
 
     @functools.cached_property
     def places(self) -> Places:

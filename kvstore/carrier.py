@@ -7,6 +7,7 @@ and no queue of its own.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from mmap import mmap
 from typing import Protocol
 
@@ -33,9 +34,10 @@ class Device(Tier, Protocol):
 class Carrier:
     """Moves over one arena and one NVMe tier; several threads may carry out moves at a time."""
 
-    def __init__(self, arena: Arena, nvme: Device | None) -> None:
+    def __init__(self, arena: Arena, nvme: Device | None, hbm: Sequence[Tier] = ()) -> None:
         self._arena = arena
         self._nvme = nvme
+        self._hbm = hbm  # by the devices' numbers
         self._own = threading.local()  # a buffer for each thread that checks
 
     def carry_out(self, move: Move) -> tuple[Outcome, str]:
@@ -55,12 +57,17 @@ class Carrier:
         try:
             if move.kind in (MoveKind.LOAD, MoveKind.PREFETCH):
                 return self._read(move, slot)
-            # Before a spill, too, the checksum is taken first: bytes that change meanwhile will
+            # Before a copy, too, the checksum is taken first: bytes that change meanwhile will
             # not verify, and bytes that have changed since they were committed go nowhere.
             found = self._sums(move, slot)
             if found != move.sums if move.sums else move.proof and digest(found) != move.proof:
                 return Outcome.CORRUPT
             move.sums = found
+            if move.kind is MoveKind.CLIMB:
+                size = move.entry.layout.shard_bytes
+                shard = slot[move.shard * size : (move.shard + 1) * size]
+                self._hbm[move.device].write(move.hbm * SLOT_ALIGNMENT, shard)
+                shard.release()
             if move.kind is MoveKind.SPILL:
                 self._there().write(move.nvme * SLOT_ALIGNMENT, slot)
             return Outcome.DONE

@@ -275,6 +275,11 @@ class Config(Section):
         """The tenant's quota of NVMe in whole slabs."""
         return self._quota_bytes("nvme", self.nvme.size)[name]
 
+    def tenant_hbm_bytes(self, name: str) -> list[tuple[int, int]]:
+        """Devices, and the tenant's part of each in whole slabs: all tenants have the same."""
+        each = len(self.tenants) * self.slab_bytes
+        return [(one.device, one.size // each * self.slab_bytes) for one in self.hbm if one.size]
+
     def _quota_bytes(self, tier: str, total: int) -> dict[str, int]:
         quotas = self._quotas(tier)
         parts = {name: quota.of(total) for name, quota in quotas.items() if quota}
@@ -423,8 +428,7 @@ def _impossible(config: Config) -> Iterator[Trouble]:
         if 0 < room(path)[0] < part:
             wrong = f"{path} can hold {room(path)[0] // MIB} MiB in all: give less, or enlarge it"
             yield key, format_size(whole), wrong
-    if any(one.size for one in config.hbm):
-        yield "hbm", "[[hbm]]", "no HBM tier is in this build yet: remove it"
+    yield from _impossible_hbm(config)
     if config.metrics.address and config.metrics.address[1] > 65_535:
         yield "metrics.listen", config.metrics.listen, "no such port: give one of 1 to 65535"
     for name, tenant in config.tenants.items():
@@ -443,6 +447,19 @@ def _impossible(config: Config) -> Iterator[Trouble]:
             yield f"tenants.{name}.group", repr(tenant.group), wrong
     yield from _impossible_quotas(config, "dram", dram.size)
     yield from _impossible_quotas(config, "nvme", nvme.size)
+
+
+def _impossible_hbm(config: Config) -> Iterator[Trouble]:
+    slab, tenants = config.slab_bytes, len(config.tenants)
+    for at, one in enumerate(config.hbm):
+        if one.device in [other.device for other in config.hbm[:at]]:
+            yield f"hbm.{at}.device", str(one.device), "is there twice: give each device one table"
+        if 0 < one.size < tenants * slab:
+            wrong = (
+                f"is less than a slab of {format_size(slab)} for each of {tenants} tenants: "
+                "give more, or 0"
+            )
+            yield f"hbm.{at}.size", format_size(one.size), wrong
 
 
 def _impossible_quotas(config: Config, tier: str, total: int) -> Iterator[Trouble]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from kvstore.leases import Session
 from kvstore.store import Store
-from kvstore.types import NVME, TIERS
+from kvstore.types import HBM, NVME, TIERS
 from kvstore.worth import DAY_S, RATE_AFTER_S
 
 
@@ -79,14 +79,21 @@ def document(tenants: dict[str, Store], *, uptime_s: float, generation: int, ver
     return json.dumps(tree).encode()
 
 
+def _fenced(store: Store, number: int) -> bool:
+    placement = store.placement
+    if number == HBM:
+        return bool(placement.mirror.fenced)
+    return number == NVME and placement.health.present and not placement.health.ok
+
+
 def _tier(store: Store, number: int) -> dict[str, Any]:
-    counters = store.counters.tier(number)
-    slots = (None, store.room.dram, store.room.nvme)[number]
+    counters, mirror = store.counters.tier(number), store.placement.mirror
+    slots = (mirror, store.room.dram, store.room.nvme)[number]
     asked = store.counters.asked
     return {
-        "capacity_bytes": slots.capacity_bytes if slots else 0,
-        "used_bytes": slots.used_bytes if slots else 0,
-        "blocks": store.room.resident(number),
+        "capacity_bytes": slots.capacity_bytes,
+        "used_bytes": slots.used_bytes,
+        "blocks": mirror.blocks if number == HBM else store.room.resident(number),
         "hits": counters.hits,
         "hit_ratio": counters.hits / asked if asked else 0.0,
         "promoted": counters.promoted,
@@ -94,9 +101,7 @@ def _tier(store: Store, number: int) -> dict[str, Any]:
         "evicted": dict(counters.evicted),
         "corrupt": counters.corrupt,
         "failed": counters.failed,
-        "fenced": number == NVME
-        and store.placement.health.present
-        and not store.placement.health.ok,
+        "fenced": _fenced(store, number),
         "read_bytes": counters.read_bytes,
         "written_bytes": counters.written_bytes,
         "latency_ms": {

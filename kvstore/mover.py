@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import threading
 import time
 from collections import deque
@@ -16,9 +17,11 @@ from collections.abc import Callable, Sequence
 
 from kvstore.carrier import Arena, Carrier, Device
 from kvstore.orders import Move, MoveKind, Outcome
+from kvstore.tiers.base import Tier
 
 NICE = 10
 IN_MEMORY = (MoveKind.PROVE, MoveKind.SUM)  # need no device
+HERE = tuple(kind for kind in MoveKind if kind is not MoveKind.CLIMB)
 LAZY = (MoveKind.SPILL, MoveKind.VERIFY)  # nobody waits for them, and they take long
 
 Report = Callable[[Move, Outcome, str], None]
@@ -29,14 +32,21 @@ class Mover:
 
     Spills and checks may occupy three quarters of the workers, so that a load never waits for a
     slow write to end. One worker more does only what needs no device: while the device hangs, what
-    is in DRAM can still be proved. The queue is bounded by whoever orders: the store has a bound on
-    each kind.
+    is in DRAM can still be proved. Copies to GPUs have a worker for themselves, which the others
+    know nothing of. The queue is bounded by whoever orders: the store has a bound on each kind.
     """
 
     def __init__(
-        self, arena: Arena, nvme: Device | None, report: Report, *, threads: int, name: str
+        self,
+        arena: Arena,
+        nvme: Device | None,
+        report: Report,
+        *,
+        threads: int,
+        name: str,
+        hbm: Sequence[Tier] = (),
     ) -> None:
-        self._carrier = Carrier(arena, nvme)
+        self._carrier = Carrier(arena, nvme, hbm)
         self._report = report
         self._queues: tuple[deque[Move], ...] = tuple(deque() for _ in MoveKind)
         self._wake = threading.Condition()
@@ -47,8 +57,13 @@ class Mover:
             threading.Thread(
                 target=self._work, args=(kinds,), name=f"mover-{name}-{at}", daemon=True
             )
-            for at, kinds in enumerate([IN_MEMORY] + [tuple(MoveKind)] * (threads if nvme else 0))
+            for at, kinds in enumerate([IN_MEMORY] + [HERE] * (threads if nvme else 0))
         ]
+        self._climbs: queue.SimpleQueue[Move | None] = queue.SimpleQueue()
+        if hbm:
+            self._threads.append(
+                threading.Thread(target=self._climb, name=f"mover-{name}-hbm", daemon=True)
+            )
         for thread in self._threads:
             thread.start()
 
@@ -58,7 +73,10 @@ class Mover:
         with self._wake:
             for move in moves:
                 move.seconds = started
-                self._queues[move.kind].append(move)
+                if move.kind is MoveKind.CLIMB:
+                    self._climbs.put(move)
+                else:
+                    self._queues[move.kind].append(move)
             self._wake.notify(len(moves))
 
     def queued(self) -> int:
@@ -73,6 +91,7 @@ class Mover:
             for queue in self._queues:
                 queue.clear()
             self._wake.notify_all()
+        self._climbs.put(None)
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
@@ -86,7 +105,7 @@ class Mover:
                     if queue and not (lazy and self._lazy_running >= self._lazy_most):
                         self._lazy_running += lazy
                         return queue.popleft()
-                if len(kinds) < len(MoveKind):
+                if len(kinds) < len(HERE):
                     self._wake.notify()  # what woke us may be for somebody who does every kind
                 self._wake.wait()
             return None
@@ -96,10 +115,18 @@ class Mover:
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         while (move := self._next(kinds)) is not None:
-            outcome, problem = self._carrier.carry_out(move)
-            move.seconds = time.monotonic() - move.seconds
+            outcome, problem = self._carry_out(move)
             if move.kind in LAZY:
                 with self._wake:
                     self._lazy_running -= 1
                     self._wake.notify()
             self._report(move, outcome, problem)
+
+    def _climb(self) -> None:
+        while (move := self._climbs.get()) is not None and not self._closing:
+            self._report(move, *self._carry_out(move))
+
+    def _carry_out(self, move: Move) -> tuple[Outcome, str]:
+        ended = self._carrier.carry_out(move)
+        move.seconds = time.monotonic() - move.seconds
+        return ended

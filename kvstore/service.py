@@ -38,6 +38,7 @@ from kvstore.protos import kvstore_pb2 as pb
 from kvstore.reads import LATE
 from kvstore.recorder import Recording
 from kvstore.store import Store
+from kvstore.tidings import Tidings
 from kvstore.types import SLOT_ALIGNMENT, Layout
 from kvstore.verification import Verification
 from kvstore.writes import REFUSED, Reserved
@@ -76,6 +77,7 @@ class ServiceInfo:
     arena_path: str
     arena_bytes: int
     arena_inode: int
+    gpus: Sequence[tuple[str, int, bytes]] = ()  # of each: PCI address, bytes, handle
 
 
 class Doors(Protocol):
@@ -108,6 +110,7 @@ class Service:
         self._reads: dict[ReadLease, tuple[Answer, asyncio.TimerHandle]] = {}
         self._parking = Parking(self._loop, self._carry_out_once, self._carry_out)
         self._verification = Verification(store)
+        self.tidings = Tidings(info.tenant, store.placement)
         self._drains = Drains(store, self._loop)
         self.recording = Recording(store)
         self.doors: Doors | None = None  # told when they are there
@@ -168,6 +171,7 @@ class Service:
             leases_max=self.store.limits.leases_per_session,
             session=session.number,
             token=session.token,
+            gpus=[pb.GpuArena(bus=bus, bytes=size, handle=held) for bus, size, held in info.gpus],
         )
 
     def detach(self, session: Session) -> list[int]:
@@ -225,9 +229,10 @@ class Service:
                     hash=move.key.hex(),
                     offset=move.nvme * SLOT_ALIGNMENT,
                 )
-            was_ok = self.store.placement.health.ok
+            if problem:
+                self.tidings.failed(move, problem)
             self.store.finished(move, outcome, now)
-            self._tell_health(was_ok, problem)
+            self.tidings.tell()
             if move.kind is MoveKind.VERIFY:
                 self._verification.checked(move.block, outcome, now)
         self.settle()
@@ -235,9 +240,8 @@ class Service:
 
     def tick(self) -> None:
         """Called about once a second."""
-        was_ok = self.store.placement.health.ok
         self.store.tick(self._now())
-        self._tell_health(was_ok, "")
+        self.tidings.tell()
         self.settle()
         self._drains.go_on(self._now())
 
@@ -419,6 +423,7 @@ class Service:
             enough=request.enough,
             tokens_per_s=request.prefill_tokens_per_s,
             context=keys[:skip],
+            devices=request.gpus,
         )
         if lease.parked:
             return None
@@ -451,6 +456,7 @@ class Service:
             offsets=array("Q", [dram[block] << 12 for block in lease.blocks]).tobytes(),
             stop=lease.stop,  # type: ignore[arg-type]  # its number
             estimate_s=estimate,
+            copies=placement.mirror.offsets(lease),
         )
 
     def _acquire_late(self, lease: ReadLease) -> None:
@@ -485,16 +491,3 @@ class Service:
             timer.cancel()
             answer(self._grant(lease))
         return orders.room
-
-    def _tell_health(self, was_ok: bool, problem: str) -> None:
-        if problem:
-            log.error("NVMe operation failed", tenant=self.info.tenant, problem=problem)
-        ok = self.store.placement.health.ok
-        if was_ok and not ok:
-            log.error(
-                "NVMe tier is fenced: DRAM only until a probe works",
-                tenant=self.info.tenant,
-                problem=problem or "it hangs: nothing has ended for nvme.hang_timeout",
-            )
-        elif ok and not was_ok:
-            log.warning("NVMe tier works again", tenant=self.info.tenant)

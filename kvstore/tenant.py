@@ -32,6 +32,7 @@ from kvstore.policies import FAMILIES
 from kvstore.processes import Processes
 from kvstore.service import Service, ServiceInfo
 from kvstore.store import Store
+from kvstore.tiers.hbm import Gpu, HbmArena
 from kvstore.turns import Share, Turns
 from kvstore.types import DRAM, NVME
 
@@ -76,6 +77,7 @@ class Tenant:
         self._guard: sigbus.Guard | None = None
         self._out_of_service = False
         self._watch_arena()
+        self._gpus = _gpu_arenas(config, name)
         self.store = self._make_store(nvme_bytes)
         self._disk: Disk | None = None
         self._hands = Hands(self._table, estate.notes)
@@ -86,6 +88,7 @@ class Tenant:
             str(self._arena.path),
             self._arena.capacity_bytes,
             self._arena.inode,
+            [(one.gpu.bus, one.capacity_bytes, one.handle) for one in self._gpus],
         )
         self.service = Service(self.store, self._hands, info, document, config.limits.keys_per_call)
         self._mover = self._start_mover(nvme_bytes, slab_bytes)
@@ -112,6 +115,7 @@ class Tenant:
             queue_depth=config.nvme.queue_depth,
             hang_s=config.nvme.hang_timeout,
             idle_s=config.eviction.idle_after,
+            hbm_bytes=tuple(one.capacity_bytes for one in self._gpus),
         )
         bounds = config.bounds(self._arena.capacity_bytes)
         store = Store(placement, bounds, FAMILIES[config.eviction.policy]())
@@ -212,6 +216,8 @@ class Tenant:
             await asyncio.sleep(0.01)
         left = self.store.placement.spills + self._mover.queued()
         clean = await asyncio.to_thread(self._close_disk)
+        for gpu in self._gpus if clean else ():
+            gpu.close()
         if left or not clean:
             log.warning("stopped before all blocks were written", tenant=self.name, left=left)
         self._table.close()
@@ -250,7 +256,14 @@ class Tenant:
                 ),
                 self._disk_opened,
             )
-        return Mover(self._arena, self._disk, report, threads=config.nvme.threads, name=self.name)
+        return Mover(
+            self._arena,
+            self._disk,
+            report,
+            threads=config.nvme.threads,
+            name=self.name,
+            hbm=self._gpus,
+        )
 
     def _open_disk(self, disk: Disk) -> None:
         try:
@@ -261,12 +274,8 @@ class Tenant:
                     f"{error}: another daemon uses these files: stop it first, or configure other "
                     "nvme.paths"
                 ) from None
-            log.error(
-                "NVMe tier cannot be opened: DRAM only until it can",
-                tenant=self.name,
-                problem=str(error),
-            )
             self.store.placement.health.fence(self._loop.time())
+            self.service.tidings.unopened(str(error))
 
     def _disk_opened(self, index: Index, loaded: Loaded) -> None:
         """Files and index are open: at the start on the loop, later on a worker of the mover."""
@@ -294,6 +303,29 @@ def _nvme_bytes(config: Config, name: str) -> int:
             'or set that to "0"'
         )
     return quota // row * row if row else 0
+
+
+def _gpu_arenas(config: Config, name: str) -> list[HbmArena]:
+    """The tenant's part of each device."""
+    arenas: list[HbmArena] = []
+    for device, size in config.tenant_hbm_bytes(name):
+        try:
+            arenas.append(HbmArena(open_gpu(device), size))
+        except OSError as error:
+            for arena in arenas:
+                arena.close()
+            problem = error.strerror or error
+            raise InvalidConfig(
+                f"[[hbm]] device {device}, {size} bytes for tenant {name}: {problem}"
+            ) from None
+    return arenas
+
+
+def open_gpu(device: int) -> Gpu:
+    """A CUDA device; CUDA is loaded here and not before."""
+    from kvstore.tiers.cuda import CudaGpu
+
+    return CudaGpu(device)
 
 
 def _gid(group: str) -> int | None:

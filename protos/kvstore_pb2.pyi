@@ -68,7 +68,7 @@ class AttachRequest(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., client: _Optional[str] = ..., pid: _Optional[int] = ..., join: _Optional[int] = ..., token: _Optional[bytes] = ...) -> None: ...
 
 class AttachReply(_message.Message):
-    __slots__ = ("protocol", "version", "tenant", "generation", "token", "arena_path", "arena_bytes", "arena_inode", "keys_max", "leases_max", "session")
+    __slots__ = ("protocol", "version", "tenant", "generation", "token", "arena_path", "arena_bytes", "arena_inode", "keys_max", "leases_max", "session", "gpus")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
@@ -80,6 +80,7 @@ class AttachReply(_message.Message):
     KEYS_MAX_FIELD_NUMBER: _ClassVar[int]
     LEASES_MAX_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
+    GPUS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     version: str
     tenant: str
@@ -91,7 +92,18 @@ class AttachReply(_message.Message):
     keys_max: int
     leases_max: int
     session: int
-    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., tenant: _Optional[str] = ..., generation: _Optional[int] = ..., token: _Optional[bytes] = ..., arena_path: _Optional[str] = ..., arena_bytes: _Optional[int] = ..., arena_inode: _Optional[int] = ..., keys_max: _Optional[int] = ..., leases_max: _Optional[int] = ..., session: _Optional[int] = ...) -> None: ...
+    gpus: _containers.RepeatedCompositeFieldContainer[GpuArena]
+    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., tenant: _Optional[str] = ..., generation: _Optional[int] = ..., token: _Optional[bytes] = ..., arena_path: _Optional[str] = ..., arena_bytes: _Optional[int] = ..., arena_inode: _Optional[int] = ..., keys_max: _Optional[int] = ..., leases_max: _Optional[int] = ..., session: _Optional[int] = ..., gpus: _Optional[_Iterable[_Union[GpuArena, _Mapping]]] = ...) -> None: ...
+
+class GpuArena(_message.Message):
+    __slots__ = ("bus", "bytes", "handle")
+    BUS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    bus: str
+    bytes: int
+    handle: bytes
+    def __init__(self, bus: _Optional[str] = ..., bytes: _Optional[int] = ..., handle: _Optional[bytes] = ...) -> None: ...
 
 class LayoutMessage(_message.Message):
     __slots__ = ("model", "engine", "dtype", "block_tokens", "shards", "shard_bytes")
@@ -220,21 +232,23 @@ class AbortReply(_message.Message):
     def __init__(self, held: bool = ...) -> None: ...
 
 class AcquireRequest(_message.Message):
-    __slots__ = ("keys", "deadline_s", "prefill_tokens_per_s", "enough", "skip")
+    __slots__ = ("keys", "deadline_s", "prefill_tokens_per_s", "enough", "skip", "gpus")
     KEYS_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     ENOUGH_FIELD_NUMBER: _ClassVar[int]
     SKIP_FIELD_NUMBER: _ClassVar[int]
+    GPUS_FIELD_NUMBER: _ClassVar[int]
     keys: Keys
     deadline_s: float
     prefill_tokens_per_s: float
     enough: int
     skip: int
-    def __init__(self, keys: _Optional[_Union[Keys, _Mapping]] = ..., deadline_s: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., enough: _Optional[int] = ..., skip: _Optional[int] = ...) -> None: ...
+    gpus: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, keys: _Optional[_Union[Keys, _Mapping]] = ..., deadline_s: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., enough: _Optional[int] = ..., skip: _Optional[int] = ..., gpus: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class AcquireReply(_message.Message):
-    __slots__ = ("lease", "length", "tiers", "offsets", "stop", "estimate_s")
+    __slots__ = ("lease", "length", "tiers", "offsets", "stop", "estimate_s", "copies")
     class Stop(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         END: _ClassVar[AcquireReply.Stop]
@@ -257,13 +271,15 @@ class AcquireReply(_message.Message):
     OFFSETS_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     ESTIMATE_S_FIELD_NUMBER: _ClassVar[int]
+    COPIES_FIELD_NUMBER: _ClassVar[int]
     lease: int
     length: int
     tiers: bytes
     offsets: bytes
     stop: AcquireReply.Stop
     estimate_s: float
-    def __init__(self, lease: _Optional[int] = ..., length: _Optional[int] = ..., tiers: _Optional[bytes] = ..., offsets: _Optional[bytes] = ..., stop: _Optional[_Union[AcquireReply.Stop, str]] = ..., estimate_s: _Optional[float] = ...) -> None: ...
+    copies: bytes
+    def __init__(self, lease: _Optional[int] = ..., length: _Optional[int] = ..., tiers: _Optional[bytes] = ..., offsets: _Optional[bytes] = ..., stop: _Optional[_Union[AcquireReply.Stop, str]] = ..., estimate_s: _Optional[float] = ..., copies: _Optional[bytes] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
     __slots__ = ("lease",)

@@ -67,6 +67,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "mover",
             "parking",
             "service",
+            "tidings",
             "verification",
         ),
     ),

@@ -100,6 +100,7 @@ class Daemon:
         self.log_path = self.folder / "log"
         self.process: subprocess.Popen[bytes] | None = None
         self.gated = False  # whether `hold` works: see tests.e2e.gated
+        self.gpus: tuple[str, ...] = ()  # sizes of those it has, of host memory: tests.e2e.gpus
         self.times = 1.0  # as fast as the clock goes its life: see tests.e2e.fast
         self.forgiven: tuple[str, ...] = ()  # texts of DEFECTS that this test provokes
         self._clients: list[Client] = []
@@ -120,6 +121,8 @@ class Daemon:
         for section, values in self.config.items():
             lines.append(f"[{section}]")
             lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+        for device, size in enumerate(self.gpus):
+            lines += ["[[hbm]]", f"device = {device}", f'size = "{size}"']
         path.write_text("\n".join(lines) + "\n")
         return path
 
@@ -128,6 +131,8 @@ class Daemon:
         assert self.process is None
         config = self.write_config()
         module = ["tests.e2e.gated", str(self.folder)] if self.gated else ["kvstore.daemon"]
+        if self.gpus:
+            module = ["tests.e2e.gpus", str(self.folder)]
         if self.times != 1.0:
             module = ["tests.e2e.fast", str(self.times)]
         environ = {name: v for name, v in os.environ.items() if not name.startswith("KVSTORE_")}

@@ -13,7 +13,9 @@ import pytest
 from kvstore.tiers.base import ALIGNMENT, Tier
 from kvstore.tiers.dram import DramArena
 from kvstore.tiers.faults import FaultPlan, FaultyTier
+from kvstore.tiers.hbm import HbmArena
 from kvstore.tiers.nvme import NvmeFiles
+from tests.host_gpu import HostGpu
 
 SLAB = 16 * ALIGNMENT
 SIZE = 12 * SLAB
@@ -46,8 +48,13 @@ def make_faulty(folder: Path) -> Tier:
     return FaultyTier(make_nvme(folder), FaultPlan())
 
 
+def make_hbm(folder: Path) -> Tier:
+    return HbmArena(HostGpu(folder, 0), SIZE)
+
+
 FACTORIES: list[Callable[[Path], Tier]] = [
     make_dram,
+    make_hbm,
     make_nvme,
     make_nvme_on_three,
     make_nvme_buffered,
@@ -73,7 +80,7 @@ def read(tier: Tier, offset: int, length: int) -> bytes:
 
 
 def test_tier_says_its_name_and_size(tier: Tier) -> None:
-    assert tier.name in ("dram", "nvme")
+    assert tier.name in ("hbm", "dram", "nvme")
     assert tier.capacity_bytes == SIZE
 
 
