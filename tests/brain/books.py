@@ -7,13 +7,16 @@ looked at to be compared with it.
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from collections import Counter
 
 from kvstore.catalog import DOOMED, LOADING, NOWHERE, READY, STORED, LayoutEntry
 from kvstore.leases import ReadLease, Session, WriteLease
-from kvstore.orders import IndexPut, Move, MoveKind
+from kvstore.mirror import NO_OFFSET
+from kvstore.orders import IndexPut, Move, MoveKind, Outcome
 from kvstore.slots import NOBODY
 from kvstore.store import Store
+from kvstore.types import SLOT_ALIGNMENT
 from tests.brain.rankings import check_family
 
 Token = tuple[bytes, int, int]  # key with layout, version, shard
@@ -146,6 +149,29 @@ class Books:
     def _scribble(self, writer: Writer) -> None:
         for page, shard in writer.places():
             self.dram[page][shard] = JUNK
+
+    def granted_copies(self, reader: Reader) -> None:
+        """A client is told where to read on its devices."""
+        lease, packed = reader.lease, self.store.placement.mirror.offsets(reader.lease)
+        assert bool(packed) == (0 in lease.tiers) and len(lease.tiers) == len(lease.blocks)
+        offsets, shards = iter(array("Q", packed)), range(lease.entry.layout.shards)
+        assert reader.granted is not None
+        for tier, (_, content) in zip(lease.tiers if packed else b"", reader.granted, strict=False):
+            for shard in shards:
+                offset = next(offsets)
+                assert (offset == NO_OFFSET) == (tier != 0)
+                if tier == 0:
+                    place = lease.devices[shard], offset // SLOT_ALIGNMENT
+                    assert self.hbm[place] == content[shard], "wrong bytes were handed out in HBM"
+                    reader.copies.append((*place, content[shard]))
+        self.marks["hit in hbm"] += 0 in lease.tiers
+
+    def climbed(self, move: Move, content: Bytes, outcome: Outcome) -> None:
+        """A copy has ended. The model's device keeps what was written, whatever is told of it."""
+        if self.store.placement.mirror.devices[move.device].ok:
+            done = outcome is Outcome.DONE
+            self.hbm[move.device, move.hbm] = content[move.shard] if done else JUNK
+            self.marks["climbed"] += done
 
     # -- checks --------------------------------------------------------------------------------
 

@@ -212,7 +212,8 @@ class Seeded:
         wanted: list[int] = []
         if devices and self.chance.random() < 0.7:
             shards = self.world.entries[layout].layout.shards
-            wanted = [self.chance.randrange(devices) for _ in range(shards)]
+            at_random = [self.chance.randrange(devices) for _ in range(shards)]
+            wanted = self._pick((at_random, [shard % devices for shard in range(shards)]))
         self.world.acquire(
             self._pick(self.world.sessions),
             layout,

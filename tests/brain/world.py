@@ -6,7 +6,6 @@ Each method is one thing that can happen; each checks what it answers. Who decid
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Sequence
 
 from kvstore.catalog import DOOMED, READY, STORED, LayoutEntry
@@ -15,7 +14,6 @@ from kvstore.eviction.base import Family, Independent
 from kvstore.eviction.lru import LRU
 from kvstore.leases import Session
 from kvstore.limits import Limits
-from kvstore.mirror import NO_OFFSET
 from kvstore.orders import IndexPut, Move, MoveKind, Outcome
 from kvstore.placement import PlacementConfig
 from kvstore.reads import LATE, STOP_NAMES
@@ -330,7 +328,7 @@ class World(Books):
             move.sums = sums_of(content)
             self.marks["unproven corrupt"] += outcome is Outcome.CORRUPT and bool(move.proof)
             if move.kind is MoveKind.CLIMB:
-                self._climbed(move, content, outcome)
+                self.climbed(move, content, outcome)
         elif move.kind is not MoveKind.PROBE:
             content = self.nvme[move.nvme]
             assert sums_of(content) == move.sums, "the slot changed while it was read"
@@ -458,29 +456,7 @@ class World(Books):
             assert self.is_true(name, content, reader.floor[at]), "wrong bytes were handed out"
             reader.granted.append((page, content))
         self.marks["hit on nvme"] += 2 in lease.tiers
-        self._granted_copies(reader)
-
-    def _granted_copies(self, reader: Reader) -> None:
-        lease, packed = reader.lease, self.store.placement.mirror.offsets(reader.lease)
-        assert bool(packed) == (0 in lease.tiers) and len(lease.tiers) == len(lease.blocks)
-        offsets, shards = iter(array("Q", packed)), range(lease.entry.layout.shards)
-        assert reader.granted is not None
-        for tier, (_, content) in zip(lease.tiers if packed else b"", reader.granted, strict=False):
-            for shard in shards:
-                offset = next(offsets)
-                assert (offset == NO_OFFSET) == (tier != 0)
-                if tier == 0:
-                    place = lease.devices[shard], offset // PAGE
-                    assert self.hbm[place] == content[shard], "wrong bytes were handed out in HBM"
-                    reader.copies.append((*place, content[shard]))
-        self.marks["hit in hbm"] += 0 in lease.tiers
-
-    def _climbed(self, move: Move, content: Bytes, outcome: Outcome) -> None:
-        """A copy has ended. The model's device keeps what was written, whatever is told of it."""
-        if self.store.placement.mirror.devices[move.device].ok:
-            done = outcome is Outcome.DONE
-            self.hbm[move.device, move.hbm] = content[move.shard] if done else JUNK
-            self.marks["climbed"] += done
+        self.granted_copies(reader)
 
     def _resident(self) -> set[Name]:
         """Blocks that are in some tier, whether or not it can be used."""

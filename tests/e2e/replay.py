@@ -88,6 +88,7 @@ def replay(trace: Trace, sizes: Sizes, policy: str = "", times: float = 0.0) -> 
     """The hit ratio that a daemon counts."""
     with daemon_of(sizes, policy) as daemon:
         daemon.times = times or 1.0
+        daemon.config["nvme"]["hang_timeout"] = "1 h"  # of the faster clock
         with daemon.start().client(timeout_s=30.0) as client:
             play(trace, client, settle=sizes.nvme_bytes > 0, times=times)
         blocks = daemon.settled().blocks
