@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from kvstore import paths
-from kvstore.client.client import Client
-from kvstore.errors import InvalidRequest, KVStoreError, SessionLost
+from kvstore.client.client import TIMEOUT_S_MAX, Client
+from kvstore.errors import InvalidRequest, KVStoreError, LimitExceeded, SessionLost
 from kvstore.protos import kvstore_pb2 as pb
 
 TIMEOUT_S = 1.0  # of a call, unless the connector is given another
 PROBE_S, PROBE_S_MAX = 0.05, 2.0  # between two looks for the daemon
+STEADY_S = 10.0  # a daemon that fails sooner after it answered is looked for less often
 QUIET_S = 60.0  # no second line about the same within this time
 
 T = TypeVar("T")
@@ -35,12 +36,14 @@ class Guard:
 
     path, tenant  as in `connect`; nothing is connected before the first call
     timeout_s     the longest that a call may take, and what an engine waits for a daemon that has
-                  stopped answering: once
+                  stopped answering: once. What `act` does in several calls takes several
     join          as in `connect`
 
     counts        what happened, for the engine's own metrics: `failed` calls, `skipped` ones (the
                   daemon was known not to answer), `defects` (errors of ours), and whatever the
-                  connector counts
+                  connector counts, by `count`
+
+    Raises InvalidRequest for a timeout or a ticket that cannot be.
     """
 
     def __init__(
@@ -51,6 +54,10 @@ class Guard:
         timeout_s: float = TIMEOUT_S,
         join: str | None = None,
     ) -> None:
+        if not 0 < timeout_s <= TIMEOUT_S_MAX:
+            raise InvalidRequest(
+                f"timeout_s is {timeout_s!r}: give seconds, more than 0, up to a day"
+            )
         where = Path(path) if path is not None else paths.socket_path(tenant)
         self.client = Client(where, timeout_s, join)
         self.counts: Counter[str] = Counter(failed=0, skipped=0, defects=0)
@@ -59,21 +66,33 @@ class Guard:
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._probe: threading.Thread | None = None
+        self._pause_s = PROBE_S  # before the next look
+        self._up_at = -STEADY_S  # when the daemon was last seen to answer again
 
     @property
     def down(self) -> str:
         """Why no daemon is asked at present; empty while one is."""
         return self._why
 
+    def count(self, what: str, by: int = 1) -> None:
+        """Add to one of `counts`, from any thread."""
+        with self._lock:
+            self.counts[what] += by
+
     def ask(self, act: Callable[[], T], otherwise: T) -> T:
         """What `act` returns; `otherwise` when the store cannot be asked or could not answer."""
         if self._why:
-            self.counts["skipped"] += 1
+            self.count("skipped")
             return otherwise
         try:
             return act()
-        except SessionLost:
-            self.counts["failed"] += 1  # what was held is void; the next call connects again
+        except SessionLost as error:  # what was held is void; the next call connects again
+            self._fail("lost", f"a call found the session at its end: {error}")
+        except LimitExceeded as error:
+            if self._connected():  # this call asked for too much; others need not
+                self._fail("limit", f"a call was refused: {error}")
+            else:
+                self._fall(error)
         except InvalidRequest as error:
             self._defect(error)
         except KVStoreError as error:
@@ -83,7 +102,10 @@ class Guard:
         return otherwise
 
     def close(self) -> None:
-        """End the session and the thread. Every call after this is skipped."""
+        """End the session and the thread. Every call after this is skipped.
+
+        Takes as long as a call where the thread waits for a daemon that does not answer.
+        """
         with self._lock:
             self._why = self._why or "it was closed"
             self._closed.set()
@@ -93,31 +115,52 @@ class Guard:
 
     # -- inside --------------------------------------------------------------------------------
 
+    def _connected(self) -> bool:
+        session = self.client._session
+        return session is not None and session.transport.dead is None
+
+    def _fail(self, kind: str, text: str) -> None:
+        self.count("failed")
+        self._tell(logging.WARNING, kind, text)
+
     def _fall(self, error: KVStoreError) -> None:
-        self.counts["failed"] += 1
+        self.count("failed")
+        now = time.monotonic()
         with self._lock:
             if self._why:
                 return
+            # A daemon that answers the probe and nothing else must not be waited for again and
+            # again, so the pause grows from one fall to the next.
+            steady = now - self._up_at >= STEADY_S
+            self._pause_s = PROBE_S if steady else min(2 * self._pause_s, PROBE_S_MAX)
+            probe = threading.Thread(target=self._look, name="kvstore-probe", daemon=True)
             self._why = str(error) or type(error).__name__
-            self._probe = threading.Thread(target=self._look, name="kvstore-probe", daemon=True)
-            self._probe.start()
+            try:
+                probe.start()
+            except RuntimeError:  # no more threads: the next call asks, and waits, itself
+                self._why = ""
+            else:
+                self._probe = probe
         self._tell(logging.WARNING, "down", f"the engine computes without the store: {error}")
 
     def _defect(self, error: Exception) -> None:
         """An error of ours, or of how the connector was set up: that call is a miss."""
-        self.counts["defects"] += 1
+        self.count("defects")
         known = isinstance(error, KVStoreError)
-        self._tell(
+        frame = error.__traceback__
+        while frame is not None and frame.tb_next is not None:
+            frame = frame.tb_next
+        place = f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}" if frame else ""
+        self._tell(  # by place: texts differ from call to call, and would be logged without end
             logging.ERROR,
-            f"{type(error).__name__}: {error}",
+            f"{type(error).__name__} {place}",
             f"a call to the store failed, the engine goes on without it: {error!r}",
             None if known else error,
         )
 
     def _look(self) -> None:
         """Until the daemon answers."""
-        pause_s = PROBE_S
-        while not self._closed.wait(pause_s):
+        while not self._closed.wait(self._pause_s):
             try:
                 deadline = self.client.deadline()
                 session = self.client.session(deadline)
@@ -125,11 +168,13 @@ class Guard:
             except Exception as error:
                 if not isinstance(error, KVStoreError):
                     self._defect(error)
-                pause_s = min(2 * pause_s, PROBE_S_MAX)
+                self._pause_s = min(2 * self._pause_s, PROBE_S_MAX)
                 continue
             with self._lock:
-                if not self._closed.is_set():
-                    self._why = ""
+                if self._closed.is_set():
+                    return
+                self._up_at = time.monotonic()
+                self._why = ""
             self._tell(logging.INFO, "up", "the store answers again")
             return
 

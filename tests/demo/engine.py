@@ -9,8 +9,6 @@
 from __future__ import annotations
 
 import argparse
-import collections
-import contextlib
 import json
 import sys
 import time
@@ -19,107 +17,90 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
-from kvstore.client import connect
+from kvstore.client.transformers import PrefixStore
 from tests.demo.model import Model
 from tests.demo.profile import PROFILES
 
 STORE_DEADLINE_S = 30.0
+CALL_S = 20.0  # the demonstration would rather wait than compute: that is what it compares
 POLL_S = 0.01
 
 
-def offload(cache: Any, hashes: Sequence[bytes], blocks: Sequence[Any]) -> dict[str, Any]:
-    """Puts the whole prompt's blocks in one call, and again where the disk was too far behind."""
+def offload(store: PrefixStore, prompt: torch.Tensor, kv: DynamicCache) -> dict[str, Any]:
+    """Saves the prompt's blocks, and again where the disk was too far behind."""
     began = time.perf_counter()
-    counts: collections.Counter[str] = collections.Counter()
+    stored = refusals = 0
     while True:
-        result = cache.put(hashes, blocks)
-        counts["stored"] += result.stored
-        counts["refusals"] += result.refused
+        result = store.save(prompt, kv)
+        stored += result.stored
+        refusals += result.refused
         if not result.refused or time.perf_counter() - began > STORE_DEADLINE_S:
-            return {**counts, "offload_s": time.perf_counter() - began}
+            return {
+                "stored": stored,
+                "refusals": refusals,
+                "offload_s": time.perf_counter() - began,
+            }
         time.sleep(POLL_S)
 
 
-def fetch(cache: Any, hashes: Sequence[bytes], into: Sequence[Any]) -> dict[str, Any]:
-    """Gets the longest prefix; asks on from where an answer ended while there is more to come."""
-    began = time.perf_counter()
-    length, calls, tiers = 0, 0, collections.Counter[str]()
-    while length < len(hashes) and time.perf_counter() - began < STORE_DEADLINE_S:
-        result = cache.get(hashes[length:], into[length:])
-        calls += 1
-        length += result.length
-        tiers.update(result.tiers)
-        if not result.length:
-            if not cache.lookup(hashes[length:]).length:
-                break
-            time.sleep(POLL_S)
-    return {
-        "length": length,
-        "calls": calls,
-        "tiers": dict(tiers),
-        "get_s": time.perf_counter() - began,
-    }
-
-
-def prefill(model: Model, cache: Any, reference: Path) -> dict[str, Any]:
+def prefill(model: Model, store: PrefixStore, reference: Path) -> dict[str, Any]:
     """The first life: nothing is in the store."""
-    profile, pool = model.profile, model.pool()
+    profile = model.profile
     began = time.perf_counter()
     logits, kv = model.prefill()
     logits.argmax().item()
     ttft_s = time.perf_counter() - began
-    hashes = model.hashes()
-    model.fill(pool, kv)  # before the cache grows further
+    counts = offload(store, model.prompt, kv)
     tokens, rows = model.greedy(logits, kv)
     torch.save({"logits": rows, "tokens": tokens}, reference)
-    counts = offload(cache, hashes, pool.unbind())
     return {
         "ttft_s": ttft_s,
         "computed": profile.prompt_tokens,
-        "resident": cache.lookup(hashes).length,
+        "resident": store.lookup(model.prompt) // profile.block_tokens,
         "tokens": tokens,
         **counts,
     }
 
 
-def reload(model: Model, cache: Any, reference: Path) -> dict[str, Any]:
+def reload(model: Model, store: PrefixStore, reference: Path) -> dict[str, Any]:
     """A later life: the prompt's blocks should be in the store."""
-    pool = model.pool()
+    profile = model.profile
     began = time.perf_counter()
-    loaded = fetch(cache, model.hashes(), pool.unbind())
-    fetched = time.perf_counter()
-    kv = model.cache_of(pool, loaded["length"])
-    rebuilt = time.perf_counter()
-    past = kv.get_seq_length()
+    kv, past = store.load(model.prompt)
+    loaded = time.perf_counter()
     logits, kv = model.prefill(kv)
     logits.argmax().item()
     ended = time.perf_counter()
+    counts = store.health.counts
     tokens, rows = model.greedy(logits, kv)
     wanted = torch.load(reference, weights_only=True)
     return {
         "ttft_s": ended - began,
-        "rebuild_s": rebuilt - fetched,
-        "compute_s": ended - rebuilt,
-        "computed": model.profile.prompt_tokens - past,
+        "load_s": loaded - began,
+        "compute_s": ended - loaded,
+        "length": past // profile.block_tokens,
+        "tiers": {tier: counts.get(f"{tier}_blocks", 0) for tier in ("dram", "nvme")},
+        "computed": profile.prompt_tokens - past,
         "tokens": tokens,
         "tokens_equal": tokens == wanted["tokens"],
         "bitwise_equal": torch.equal(rows, wanted["logits"]),
         "difference_max": float((rows - wanted["logits"]).abs().max()),
-        "damage_noticed": notices_damage(model, pool, loaded["length"], wanted["logits"][0]),
-        **loaded,
+        "damage_noticed": notices_damage(model, store, wanted["logits"][0]),
     }
 
 
-def notices_damage(model: Model, pool: torch.Tensor, length: int, wanted: torch.Tensor) -> bool:
+def notices_damage(model: Model, store: PrefixStore, wanted: torch.Tensor) -> bool:
     """Whether the comparison would have failed had one block lost its values in one layer.
 
     A comparison that cannot fail proves nothing.
     """
-    if not length:
+    kv, past = store.load(model.prompt)
+    if not past:
         return False
-    pool[length // 2, 0, 1].zero_()
-    logits, _ = model.prefill(model.cache_of(pool, length))
+    kv.layers[0].values[:, :, past // 2 : past // 2 + model.profile.block_tokens].zero_()
+    logits, _ = model.prefill(kv)
     return not torch.equal(logits, wanted)
 
 
@@ -135,9 +116,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.perf_counter()
     model = Model(PROFILES[options.profile], threads=options.threads)
     start_s = time.perf_counter() - began
-    with contextlib.closing(connect(path=options.socket)) as client:
+    with PrefixStore(
+        model.llama,
+        block_tokens=model.profile.block_tokens,
+        path=options.socket,
+        timeout_s=CALL_S,
+    ) as store:
         life = prefill if options.life == "prefill" else reload
-        figures = life(model, client.open(model.profile.layout), options.reference)
+        figures = life(model, store, options.reference)
     sys.stdout.write(json.dumps({"life": options.life, "start_s": start_s, **figures}) + "\n")
     return 0
 

@@ -1,13 +1,9 @@
-"""The model half of the engine: weights from a seed, prefill in chunks, its cache as blocks.
+"""The model half of the engine: weights from a seed, prefill in chunks, greedy decoding.
 
-It knows nothing of the store. A block's bytes are, in C order and float32:
-
-    [layer][0 keys, 1 values][kv head][token of the block][head dim]
+It knows nothing of the store.
 """
 
 from __future__ import annotations
-
-import hashlib
 
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -34,10 +30,10 @@ class Model:
             attn_implementation="sdpa",
         )
         with no_init_weights():  # they are drawn once, below, and not twice
-            self._llama = LlamaForCausalLM(self.config).eval()
+            self.llama = LlamaForCausalLM(self.config).eval()
         torch.manual_seed(profile.seed)
         with torch.no_grad():
-            for weights in self._llama.parameters():
+            for weights in self.llama.parameters():
                 if weights.dim() > 1:
                     weights.normal_(0.0, profile.hidden**-0.5)
                 else:
@@ -73,54 +69,12 @@ class Model:
             tokens.append(int(rows[-1].argmax()))
         return tokens, torch.stack(rows)
 
-    def hashes(self) -> list[bytes]:
-        """The hash of each whole block of the prompt, chained over all before it."""
-        step, found, before = self.profile.block_tokens, [], b""
-        for start in range(0, self.profile.prefix_tokens, step):
-            tokens = self.prompt[0, start : start + step].to(torch.int32).numpy().astype("<i4")
-            before = hashlib.sha256(before + tokens.tobytes()).digest()
-            found.append(before)
-        return found
-
-    def pool(self) -> torch.Tensor:
-        """Memory for all blocks of the prompt, touched, as engines keep it from their start."""
-        one = self.profile
-        return torch.zeros(
-            one.block_count, one.layers, 2, one.kv_heads, one.block_tokens, one.head_dim
-        )
-
-    def fill(self, pool: torch.Tensor, cache: DynamicCache) -> None:
-        """Copies the whole blocks of the cache into the pool."""
-        one = self.profile
-        with torch.inference_mode():
-            for number, layer in enumerate(cache.layers):
-                for half, states in enumerate((layer.keys, layer.values)):
-                    whole = states[0, :, : one.prefix_tokens]
-                    parts = whole.unflatten(1, (one.block_count, one.block_tokens))
-                    pool[:, number, half].copy_(parts.transpose(0, 1))
-
-    def cache_of(self, pool: torch.Tensor, length: int) -> DynamicCache:
-        """A new cache that holds the first `length` blocks of the pool."""
-        if not length:
-            return self._empty()
-        with torch.inference_mode():
-            # [block, head, token, dim] -> [1, head, block * token, dim]; a layer at a time, so that
-            # the memory of one layer's copies serves the next.
-            layers = (
-                tuple(
-                    pool[:length, layer, half].transpose(0, 1).flatten(1, 2)[None]
-                    for half in (0, 1)
-                )
-                for layer in range(self.profile.layers)
-            )
-            return DynamicCache(ddp_cache_data=layers, config=self.config)
-
     def _empty(self) -> DynamicCache:
         return DynamicCache(config=self.config)
 
     def _forward(self, tokens: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
         with torch.inference_mode():
-            output = self._llama(
+            output = self.llama(
                 input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1
             )
         return output.logits[0, -1]

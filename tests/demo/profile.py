@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from kvstore.types import KIB, MIB, Layout
+from kvstore.types import KIB, MIB
 
 FLOAT32_BYTES = 4
-ENGINE = "transformers-5.23/kv1"  # names the order of a block's bytes, see tests/demo/model.py
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,17 +57,6 @@ class Profile:
     def kv_bytes(self) -> int:
         """Bytes of all blocks of the prompt."""
         return self.block_count * self.block_bytes
-
-    @property
-    def layout(self) -> Layout:
-        """What an engine of this profile opens."""
-        return Layout(
-            model=f"demo-llama-{self.name}@seed{self.seed}",
-            engine=ENGINE,
-            dtype="float32",
-            block_tokens=self.block_tokens,
-            shard_bytes=self.block_bytes,
-        )
 
 
 # About 150 million parameters; 48 blocks of 2 MiB. A cold prefill is seconds on two cores.

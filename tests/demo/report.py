@@ -124,7 +124,7 @@ def _comparison(profile: Profile, outcome: Outcome) -> Table:
 
     row("time to first token", [f"{one['ttft_s'] * 1e3:,.0f} ms" for one in lives])
     row("speed-up", [f"{lives[0]['ttft_s'] / one['ttft_s']:.1f} x" for one in lives])
-    for name, key in (("get", "get_s"), ("rebuild cache", "rebuild_s"), ("compute", "compute_s")):
+    for name, key in (("load", "load_s"), ("compute", "compute_s")):
         row(f"  of which {name}", [f"{one[key] * 1e3:,.0f} ms" for one in lives[1:]])
     row("tokens computed", [f"{one['computed']:,}" for one in lives])
     for tier in ("dram", "nvme"):
