@@ -4,6 +4,9 @@
     slots    what lies in each slot of the arena (kvstore.tiers.slot_table)
     notes    what the slot table names by numbers: layouts, and the processes of sessions
 
+An arena in hugetlbfs stands there alone: files that are written do not work in it, so the other two
+are in a folder of their own.
+
 Format of the notes: one JSON list a line, then a tab and the crc32 of the list in hexadecimal. A
 line is appended in one write; the last may be torn, and says nothing then. Mode 0600, as the slot
 table: clients are not to see them.
@@ -30,6 +33,7 @@ from typing import Any
 
 import structlog
 
+from kvstore import numa
 from kvstore.catalog import LayoutEntry
 from kvstore.errors import InvalidKeys
 from kvstore.leases import NO_SESSION, SEVERAL
@@ -167,38 +171,73 @@ class Estate:
 
 
 def take_over(
-    folder: Path, size_bytes: int, slab_bytes: int, *, gid: int | None, preallocate: bool
+    folder: Path,
+    size_bytes: int,
+    slab_bytes: int,
+    *,
+    gid: int | None,
+    preallocate: bool,
+    nodes: Sequence[int] = (),
+    tables: Path | None = None,
 ) -> Estate:
     """The arena that an earlier daemon left in this folder, if it is what is wanted now; else a new
-    one, and a line in the log that says why. Raises as DramArena.create and SlotTable.create."""
+    one on these memory nodes, and a line in the log that says why. `tables` is the folder of slot
+    table and notes, if it is another one. Raises as DramArena.create and SlotTable.create."""
+    tables = tables or folder
     try:
-        return _open(folder, size_bytes, slab_bytes, gid)
+        estate = _open(folder, tables, size_bytes, slab_bytes, gid)
     except FileNotFoundError:
-        pass  # the first start
+        estate = None  # the first start
     except (OSError, ValueError) as error:
+        estate = None
         log.warning("DRAM starts empty", folder=str(folder), reason=str(error))
-    arena = DramArena.create(folder / ARENA, size_bytes, gid=gid, preallocate=preallocate)
-    table = SlotTable.create(folder / SLOT_TABLE, arena.capacity_bytes, arena.inode, slab_bytes)
-    return Estate(arena, table, Notes.create(folder / NOTES, table.spoil), False)
+    if estate is None:
+        for name in (SLOT_TABLE, NOTES):  # after a reboot another arena may have the old inode
+            (tables / name).unlink(missing_ok=True)
+        arena = DramArena.create(
+            folder / ARENA, size_bytes, gid=gid, preallocate=preallocate, nodes=_takes(nodes)
+        )
+        table = SlotTable.create(tables / SLOT_TABLE, arena.capacity_bytes, arena.inode, slab_bytes)
+        estate = Estate(arena, table, Notes.create(tables / NOTES, table.spoil), False)
+    found = estate.arena.nodes_found()
+    if nodes and set(found) - set(nodes):
+        log.warning(
+            "arena lies on other memory nodes than wanted",
+            folder=str(folder),
+            wanted=list(nodes),
+            pages_sampled=dict(found),
+            made_by="an earlier daemon" if estate.adopted else "this one",
+        )
+    return estate
 
 
-def _open(folder: Path, size_bytes: int, slab_bytes: int, gid: int | None) -> Estate:
+def _takes(nodes: Sequence[int]) -> Sequence[int]:
+    """The nodes, if the kernel takes preferences; else none, and a line in the log."""
+    try:
+        numa.check(nodes)
+    except OSError as error:
+        log.warning("memory nodes are left to the kernel", wanted=list(nodes), problem=str(error))
+        return ()
+    return nodes
+
+
+def _open(folder: Path, tables: Path, size_bytes: int, slab_bytes: int, gid: int | None) -> Estate:
     """Raises ValueError saying what does not fit, or OSError."""
     _check_owner(folder / ARENA, ARENA_MODE, os.getegid() if gid is None else gid)
     for name in (SLOT_TABLE, NOTES):
-        _check_owner(folder / name, OWN_MODE, None)
+        _check_owner(tables / name, OWN_MODE, None)
     with contextlib.ExitStack() as undo:
-        table = SlotTable.open(folder / SLOT_TABLE)
+        table = SlotTable.open(tables / SLOT_TABLE)
         undo.callback(table.close)
         arena = DramArena.open(folder / ARENA)
         undo.callback(arena.close)
         if table.arena_inode != arena.inode or table.arena_bytes != arena.capacity_bytes:
-            raise ValueError(f"{folder / SLOT_TABLE} belongs to another arena")
+            raise ValueError(f"{tables / SLOT_TABLE} belongs to another arena")
         if arena.capacity_bytes != size_bytes:
             raise ValueError(f"it had {arena.capacity_bytes} bytes, now {size_bytes} are wanted")
         if table.slab_bytes != slab_bytes:
             raise ValueError(f"it had slabs of {table.slab_bytes} bytes, now of {slab_bytes}")
-        notes = Notes.open(folder / NOTES, table.spoil)
+        notes = Notes.open(tables / NOTES, table.spoil)
         undo.pop_all()
     return Estate(arena, table, notes, True)
 

@@ -7,7 +7,6 @@ is the remedy that its errors name; a parser raises ValueError("what is wrong: w
 from __future__ import annotations
 
 import difflib
-import grp
 import os
 import re
 import tomllib
@@ -18,29 +17,15 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
 
-from kvstore import paths
+from kvstore import filesystems, numa, paths
+from kvstore.config_checks import DRAM_BYTES_MIN, Trouble, impossible
 from kvstore.errors import InvalidConfig
 from kvstore.limits import Limits as Bounds
 from kvstore.tiers.faults import VERBS, Fault, FaultPlan, Rate
 from kvstore.types import GIB, KEYS_PER_CALL_MAX, KIB, MIB, SLOT_ALIGNMENT
 from kvstore.units import Quota, format_size, parse_chance, parse_duration, parse_rate, parse_size
 
-DRAM_BYTES_MIN = 8 * MIB
 _LISTEN = r"^$|^([\w.-]+|\[[\da-fA-F:.]+\]):\d{1,5}$"
-
-
-def room(path: Path) -> tuple[int, int]:
-    """Bytes that the file system at `path` has in all, and free (our files there count as free).
-
-    Looks at the nearest folder that exists. (0, 0) when the system does not say, as hugetlbfs does.
-    """
-    try:
-        stat = os.statvfs(next(one for one in (path, *path.parents) if os.path.isdir(one)))
-        files = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
-        held = sum(one.lstat().st_blocks * 512 for one in files)
-    except OSError:
-        return 0, 0
-    return stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize + held
 
 
 def _size_or_auto(value: object, info: pydantic.ValidationInfo) -> int:
@@ -52,7 +37,7 @@ def _size_or_auto(value: object, info: pydantic.ValidationInfo) -> int:
         return parse_size(value)
     where = info.data.get("paths", [info.data.get("path", Path("/"))])
     most, least = (4 * GIB, 128 * MIB) if "paths" in info.data else (GIB, DRAM_BYTES_MIN)
-    quarter = min([most, *(room(path)[1] // 4 for path in where)]) if where else 0
+    quarter = min([most, *(filesystems.room(path)[1] // 4 for path in where)]) if where else 0
     return 1 << quarter.bit_length() - 1 if quarter >= least else 0
 
 
@@ -94,10 +79,10 @@ Seconds = Annotated[float, BeforeValidator(parse_duration)]
 Folder = Annotated[Path, BeforeValidator(_folder)]
 AutoSize = Annotated[int, BeforeValidator(_size_or_auto)]
 Chance = Annotated[float, BeforeValidator(parse_chance)]
+Nodes = Annotated[str, BeforeValidator(numa.parse_choice)]
 Part = Annotated[Quota, PlainValidator(_part)]
 QuotaField = Annotated[Quota | None, PlainValidator(Quota.parse)]
 Origins = dict[str, str]  # dotted key -> the variable that set it
-Trouble = tuple[str, str, str]  # dotted key, value, "what is wrong: what to do"
 
 
 class Section(pydantic.BaseModel):
@@ -123,6 +108,7 @@ class Dram(Section):
     size: AutoSize = "auto"  # type: ignore[assignment]  # modest when nobody says how much
     hugepages: bool = Field(default=False, description="true or false")  # root sets up the pool
     preallocate: bool = Field(default=True, description="true or false")  # lacks show at the start
+    numa: Nodes = "auto"  # see kvstore.numa.choose
     slab_size: Annotated[int | None, PlainValidator(_slab_size)] = None  # "auto": see slab_bytes
 
 
@@ -253,9 +239,14 @@ class Config(Section):
         auto = 1 << max(0, (self.dram.size // 8).bit_length() - 1)
         return self.dram.slab_size or min(64 * MIB, max(64 * KIB, auto))
 
+    def memory_nodes(self, sys: Path = numa.SYS, proc: Path = numa.PROC) -> tuple[int, ...]:
+        """The nodes that arenas are spread over; () leaves it to the kernel."""
+        devices = [one.device for one in self.hbm]
+        return numa.choose(self.dram.numa, self.dram.size, devices, sys=sys, proc=proc)
+
     def tenant_dram_bytes(self, name: str) -> int:
-        """The tenant's quota of DRAM in whole slabs."""
-        return self._quota_bytes("dram", self.dram.size)[name]
+        """The tenant's quota of DRAM in whole slabs, and whole huge pages where they are used."""
+        return self.quota_bytes("dram", self.dram.size)[name]
 
     def bounds(self, arena_bytes: int) -> Bounds:
         """Those of a tenant with so much DRAM. A part of it is a slab at least."""
@@ -273,23 +264,33 @@ class Config(Section):
 
     def tenant_nvme_bytes(self, name: str) -> int:
         """The tenant's quota of NVMe in whole slabs."""
-        return self._quota_bytes("nvme", self.nvme.size)[name]
+        return self.quota_bytes("nvme", self.nvme.size)[name]
 
     def tenant_hbm_bytes(self, name: str) -> list[tuple[int, int]]:
         """Devices, and the tenant's part of each in whole slabs: all tenants have the same."""
         each = len(self.tenants) * self.slab_bytes
         return [(one.device, one.size // each * self.slab_bytes) for one in self.hbm if one.size]
 
-    def _quota_bytes(self, tier: str, total: int) -> dict[str, int]:
-        quotas = self._quotas(tier)
+    def quota_bytes(self, tier: str, total: int) -> dict[str, int]:
+        """What each tenant gets of so many bytes, in whole slabs."""
+        quotas = self.quotas(tier)
         parts = {name: quota.of(total) for name, quota in quotas.items() if quota}
         rest = max(0, total - sum(parts.values())) // max(1, len(quotas) - len(parts))
-        return {name: parts.get(name, rest) // self.slab_bytes * self.slab_bytes for name in quotas}
+        unit = self._unit(tier)
+        return {name: parts.get(name, rest) // unit * unit for name in quotas}
 
-    def _quotas(self, tier: str) -> dict[str, Quota | None]:
+    def _unit(self, tier: str) -> int:
+        """What a tenant's part of a tier is a multiple of. Both sizes are powers of two."""
+        page = (
+            filesystems.page_bytes(self.dram.path) if tier == "dram" and self.dram.hugepages else 0
+        )
+        return max(self.slab_bytes, page)
+
+    def quotas(self, tier: str) -> dict[str, Quota | None]:
+        """Each tenant's quota of "dram" or "nvme"; None where it is not set."""
         return {name: getattr(one, f"{tier}_quota") for name, one in self.tenants.items()}
 
-    def _places(self) -> Iterator[tuple[str, int, int, Path]]:
+    def places(self) -> Iterator[tuple[str, int, int, Path]]:
         """Of every folder: the key of its tier's size, that size, the folder's part, the folder."""
         yield "dram.size", self.dram.size, self.dram.size, self.dram.path
         for path in self.nvme.paths:
@@ -298,10 +299,10 @@ class Config(Section):
     def warnings(self) -> list[str]:
         """What runs, but perhaps not as meant; one line each. Looks at the disks again."""
         found = [
-            f"{key} = {format_size(size)!r}: {path} has only {room(path)[1] // MIB} MiB free: "
-            "make room there, or choose a smaller size"
-            for key, size, part, path in self._places()
-            if room(path)[0] and room(path)[1] < part
+            f"{key} = {format_size(size)!r}: {path} has only {free // MIB} MiB free: make room "
+            "there, or choose a smaller size"
+            for key, size, part, path in self.places()
+            if filesystems.room(path)[0] and (free := filesystems.room(path)[1]) < part
         ]
         if self.faults.plan:
             found.append("[faults] is set: NVMe operations fail on purpose: for soak runs only")
@@ -314,7 +315,8 @@ class Config(Section):
             text = format_size(value) if key.endswith(".size") else getattr(value, "text", value)
             lines.append(f"  {key} = {_UNSET.get(key, 'the rest') if text is None else text}")
         policy, slab = self.eviction.policy, format_size(self.slab_bytes)
-        lines.append(f"eviction by {policy}, slabs of {slab}")
+        nodes = ", ".join(map(str, self.memory_nodes())) or "as the kernel likes"
+        lines += [f"eviction by {policy}, slabs of {slab}", f"memory nodes: {nodes}"]
         return "\n".join(lines) + "".join(
             f"\ntenant {name}: dram {format_size(self.tenant_dram_bytes(name))}, nvme "
             f"{format_size(self.tenant_nvme_bytes(name))}, sockets {self.daemon.run_dir / name}"
@@ -347,7 +349,7 @@ def parse(tree: dict[str, Any], environ: Mapping[str, str], source: str) -> Conf
     try:
         config = Config.model_validate(tree)
         config._source = " + ".join((source, *origins.values()))
-        found += _impossible(config)
+        found += impossible(config)
     except pydantic.ValidationError as failed:
         found += [_explain(dict(error)) for error in failed.errors(include_url=False)]
     if found:
@@ -409,73 +411,6 @@ def _explain(error: dict[str, Any]) -> Trouble:
 def _nearest(name: str, known: Mapping[str, object]) -> str:
     close = difflib.get_close_matches(name, known, 1)
     return f"did you mean {close[0]}?" if close else f"known are {', '.join(known) or 'none here'}"
-
-
-def _impossible(config: Config) -> Iterator[Trouble]:
-    """What each value alone does not show: sizes against the host and each other, names."""
-    dram, nvme, slab = config.dram, config.nvme, config.slab_bytes
-    size = format_size(dram.size)
-    if dram.size < DRAM_BYTES_MIN:
-        yield "dram.size", size, f"is too small: give at least {format_size(DRAM_BYTES_MIN)}"
-    elif 2 * slab > dram.size:
-        yield "dram.slab_size", format_size(slab), f"two are more than dram.size {size}: give less"
-    if nvme.size and not nvme.paths:
-        yield "nvme.paths", "[]", 'no folder for the NVMe tier: name one, or set nvme.size = "0"'
-    elif 0 < nvme.size < 2 * slab:
-        wrong = f"is under two slabs of {format_size(slab)}: give more, or 0"
-        yield "nvme.size", format_size(nvme.size), wrong
-    for key, whole, part, path in config._places():
-        if 0 < room(path)[0] < part:
-            wrong = f"{path} can hold {room(path)[0] // MIB} MiB in all: give less, or enlarge it"
-            yield key, format_size(whole), wrong
-    yield from _impossible_hbm(config)
-    if config.metrics.address and config.metrics.address[1] > 65_535:
-        yield "metrics.listen", config.metrics.listen, "no such port: give one of 1 to 65535"
-    for name, tenant in config.tenants.items():
-        if not re.fullmatch("[a-z0-9][a-z0-9_-]{0,31}", name):
-            wrong = "is no tenant's name: use a letter or digit, then at most 31 of a-z, 0-9, _, -"
-            yield f"tenants.{name}", repr(name), wrong
-        try:
-            paths.check_socket_path(config.daemon.run_dir / name / paths.HATCH)  # the longer name
-        except InvalidConfig as error:
-            yield "daemon.run_dir", f"'{config.daemon.run_dir}'", str(error)
-        try:
-            if tenant.group:
-                grp.getgrnam(tenant.group)
-        except (KeyError, ValueError):
-            wrong = "no such group on this host: create it with groupadd, or name another"
-            yield f"tenants.{name}.group", repr(tenant.group), wrong
-    yield from _impossible_quotas(config, "dram", dram.size)
-    yield from _impossible_quotas(config, "nvme", nvme.size)
-
-
-def _impossible_hbm(config: Config) -> Iterator[Trouble]:
-    slab, tenants = config.slab_bytes, len(config.tenants)
-    for at, one in enumerate(config.hbm):
-        if one.device in [other.device for other in config.hbm[:at]]:
-            yield f"hbm.{at}.device", str(one.device), "is there twice: give each device one table"
-        if 0 < one.size < tenants * slab:
-            wrong = (
-                f"is less than a slab of {format_size(slab)} for each of {tenants} tenants: "
-                "give more, or 0"
-            )
-            yield f"hbm.{at}.size", format_size(one.size), wrong
-
-
-def _impossible_quotas(config: Config, tier: str, total: int) -> Iterator[Trouble]:
-    quotas = config._quotas(tier)
-    given = {name: quota for name, quota in quotas.items() if quota}
-    if sum(quota.of(total) for quota in given.values()) > total:
-        keys = " + ".join(f"tenants.{name}.{tier}_quota" for name in given)
-        values = " + ".join(quota.text for quota in given.values())
-        yield keys, values, f"together more than 100 % of {format_size(total)}: lower one"
-        return
-    for name, count in config._quota_bytes(tier, total).items() if total else ():
-        quota, slab = quotas[name], format_size(config.slab_bytes)
-        # A tenant may do without NVMe, but only when its quota says so.
-        if not count and not (tier == "nvme" and quota and not quota.of(total)):
-            wrong = f"is less than one slab of {slab}: raise it, or lower the other tenants' quotas"
-            yield f"tenants.{name}.{tier}_quota", quota.text if quota else "not set", wrong
 
 
 def _flat(config: Config) -> dict[str, Any]:

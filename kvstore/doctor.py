@@ -19,41 +19,30 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from kvstore import paths
-from kvstore.config import Config, room
+from kvstore import filesystems, paths
+from kvstore.config import Config
+from kvstore.doctor_memory import (
+    check_hugetlb,
+    check_memory,
+    check_numa,
+    check_shmem_hugepages,
+    check_slot_table,
+    check_tmpfs,
+)
 from kvstore.errors import InvalidConfig
-from kvstore.types import KIB, MIB, SLOT_ALIGNMENT
-from kvstore.units import format_size
+from kvstore.findings import Finding, Host, in_mib, nearest_folder, text_of
+from kvstore.types import SLOT_ALIGNMENT
 
-Status = Literal["ok", "warn", "fail"]
+__all__ = ["Finding", "Host", "as_json", "examine"]
+
 PYTHON_MIN = (3, 11)
 KERNEL_MIN = (5, 14)  # MADV_POPULATE_WRITE
-SHMEM_ENABLED = "kernel/mm/transparent_hugepage/shmem_enabled"
 CONNECT_TIMEOUT_S = 0.5
 UNLIMITED = 1 << 63
 FILES_PER_SESSION = 2  # the connection, and a handle on its process
 FILES_OF_OUR_OWN = 256  # doors, arenas, disks, index, logs, with room to spare
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """What one check found. `remedy` is empty when there is nothing to do."""
-
-    name: str
-    status: Status
-    detail: str
-    remedy: str = ""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Host:
-    """Where the kernel shows itself; tests put trees of their own here."""
-
-    proc: Path = Path("/proc")
-    sys: Path = Path("/sys")
-    dev: Path = Path("/dev")
 
 
 Check = Callable[[Config, Host], Finding]
@@ -83,6 +72,8 @@ def _checks(config: Config) -> Iterator[tuple[str, Check]]:
     yield "tmpfs", check_tmpfs
     yield "shmem_hugepages", check_shmem_hugepages
     yield "hugetlb", check_hugetlb
+    if config.dram.hugepages:
+        yield "slot_table", check_slot_table
     for path in config.nvme.paths if config.nvme.size else ():
         yield f"o_direct {path}", partial(check_o_direct, path=path)
         yield f"nvme_space {path}", partial(check_nvme_space, path=path)
@@ -126,7 +117,7 @@ def check_python(config: Config, host: Host) -> Finding:
 
 def check_kernel(config: Config, host: Host) -> Finding:
     """A kernel that can fill the arena in parallel."""
-    release = _text(host.proc / "sys/kernel/osrelease")
+    release = text_of(host.proc / "sys/kernel/osrelease")
     match = re.match(r"(\d+)\.(\d+)", release)
     detail = f"Linux {release or 'of unknown release'}"
     if match and (int(match[1]), int(match[2])) >= KERNEL_MIN:
@@ -144,11 +135,13 @@ def check_memlock(config: Config, host: Host) -> Finding:
     soft = _limit(host, "Max locked memory")
     need = config.dram.size
     if soft >= need:
-        return Finding("memlock", "ok", f"{_limit_text(soft, 'bytes')}, the arena is {_mib(need)}")
+        return Finding(
+            "memlock", "ok", f"{_limit_text(soft, 'bytes')}, the arena is {in_mib(need)}"
+        )
     return Finding(
         "memlock",
         "warn",
-        f"{_mib(soft)}, the arena is {_mib(need)}: locking or registering all of it may be refused",
+        f"{in_mib(soft)}, the arena is {in_mib(need)}: locking or registering it may be refused",
         "set LimitMEMLOCK=infinity in the unit, or memlock in /etc/security/limits.conf, for the "
         "daemon and for engines",
     )
@@ -169,105 +162,12 @@ def check_open_files(config: Config, host: Host) -> Finding:
     )
 
 
-# --- memory --------------------------------------------------------------------------------------
-
-
-def check_memory(config: Config, host: Host) -> Finding:
-    """The arena against the memory of the host."""
-    match = re.search(r"^MemTotal:\s*(\d+) kB", _text(host.proc / "meminfo"), re.MULTILINE)
-    if match is None:
-        return Finding("memory", "warn", "the kernel does not say how much there is", "mount /proc")
-    total = int(match[1]) * KIB
-    detail = f"dram.size {_mib(config.dram.size)} of {_mib(total)} memory"
-    if config.dram.size >= total:
-        return Finding("memory", "fail", detail, "choose a smaller dram.size")
-    if config.dram.size > total * 8 // 10:
-        return Finding("memory", "warn", detail, "leave engines a fifth: lower dram.size")
-    return Finding("memory", "ok", detail)
-
-
-def check_tmpfs(config: Config, host: Host) -> Finding:
-    """The file system of the arena: of memory, large enough, and ours to write."""
-    path, need = config.dram.path, config.dram.size
-    kind, mount, _ = _mount(host, path)
-    total, free = room(path)
-    detail = f"{kind} at {mount}: {_mib(free)} of {_mib(total)} free for dram.size {_mib(need)}"
-    if not os.access(_nearest(path), os.W_OK | os.X_OK):
-        remedy = f"give the daemon's user access to {_nearest(path)}, or set another dram.path"
-        return Finding("tmpfs", "fail", f"{detail}; {path} cannot be written", remedy)
-    if 0 < total < need or (total and free < need):
-        remedy = f"mount -o remount,size={need // MIB + 64}M {mount}, or lower dram.size"
-        if total >= need:
-            remedy = f"remove files from {mount}, or lower dram.size"
-        return Finding("tmpfs", "fail", detail, remedy)
-    if kind not in ("tmpfs", "hugetlbfs"):
-        remedy = "set dram.path to a folder in /dev/shm: on a disk every write costs an I/O"
-        return Finding("tmpfs", "warn", detail, remedy)
-    return Finding("tmpfs", "ok", detail)
-
-
-def check_shmem_hugepages(config: Config, host: Host) -> Finding:
-    """Transparent huge pages for the arena.
-
-    The mount's option huge= decides; shmem_enabled is only its master switch (deny, force).
-    """
-    name = "shmem_hugepages"
-    kind, mount, options = _mount(host, config.dram.path)
-    if config.dram.hugepages or kind != "tmpfs":
-        return Finding(name, "ok", f"not used: the arena is on {kind}")
-    match = re.search(r"\[(\w+)\]", _text(host.sys / SHMEM_ENABLED))
-    switch = match[1] if match else "unknown"
-    huge = next((one[5:] for one in options if one.startswith("huge=")), "never")
-    detail = f"{mount} is mounted with huge={huge}, shmem_enabled is {switch}"
-    if switch == "force" or (huge != "never" and switch not in ("deny", "unknown")):
-        return Finding(name, "ok", detail)
-    remedy = f"mount -o remount,huge=within_size {mount}: larger pages copy faster"
-    if switch == "deny":
-        remedy = (
-            f"echo never > {host.sys / SHMEM_ENABLED} ('deny' forbids every mount), then {remedy}"
-        )
-    if switch == "unknown":
-        remedy = "use a kernel with CONFIG_TRANSPARENT_HUGEPAGE: larger pages copy faster"
-    return Finding(name, "warn", detail, remedy)
-
-
-def check_hugetlb(config: Config, host: Host) -> Finding:
-    """The pool of huge pages, when the arena shall come from it."""
-    if not config.dram.hugepages:
-        return Finding("hugetlb", "ok", "not used: dram.hugepages is off")
-    kind, mount, _ = _mount(host, config.dram.path)
-    if kind != "hugetlbfs":
-        remedy = "mount -t hugetlbfs none FOLDER and set dram.path below it"
-        return Finding("hugetlb", "fail", f"{config.dram.path} is on {kind} at {mount}", remedy)
-    pools = {
-        int(pool.name.removeprefix("hugepages-").removesuffix("kB")) * KIB: _number(pool, "free_")
-        for pool in (host.sys / "kernel/mm/hugepages").glob("hugepages-*kB")
-    }
-    page, pages = max(pools.items(), key=lambda pool: pool[0] * pool[1], default=(2 * MIB, 0))
-    need, held = config.dram.size, _held(config.dram.path)
-    detail = f"{pages} pages of {format_size(page)} free, {_mib(held)} in use, for {_mib(need)}"
-    if page * pages + held >= need:
-        return Finding("hugetlb", "ok", detail)
-    count = -(-need // page)
-    pool = host.sys / f"kernel/mm/hugepages/hugepages-{page // KIB}kB/nr_hugepages"
-    return Finding("hugetlb", "fail", detail, f"echo {count} > {pool} as root, best at boot")
-
-
-def check_numa(config: Config, host: Host) -> Finding:
-    """Memory nodes, because a remote arena is slower."""
-    nodes = list((host.sys / "devices/system/node").glob("node[0-9]*"))
-    if len(nodes) < 2:
-        return Finding("numa", "ok", "one memory node")
-    remedy = "set NUMAPolicy=interleave in the unit, or bind it to the node of its GPUs and disks"
-    return Finding("numa", "warn", f"{len(nodes)} memory nodes", remedy)
-
-
 # --- disks and engines ---------------------------------------------------------------------------
 
 
 def check_o_direct(config: Config, host: Host, path: Path) -> Finding:
     """O_DIRECT, by writing 4 KiB and reading them back in a file that nobody sees."""
-    name, folder = f"o_direct {path}", _nearest(path)
+    name, folder = f"o_direct {path}", nearest_folder(path)
     with mmap.mmap(-1, 2 * SLOT_ALIGNMENT) as memory:  # a mapping is aligned as O_DIRECT wants
         memory[:SLOT_ALIGNMENT] = os.urandom(SLOT_ALIGNMENT)
         try:
@@ -321,12 +221,14 @@ def _scratch(folder: Path) -> int:
 def check_nvme_space(config: Config, host: Host, path: Path) -> Finding:
     """Room for this path's part of the tier; files that are there already count as room."""
     name, need = f"nvme_space {path}", config.nvme.size // len(config.nvme.paths)
-    total, free = room(path)
-    detail = f"{_mib(free)} of {_mib(total)} free for {_mib(need)}"
+    total, free = filesystems.room(path)
+    detail = f"{in_mib(free)} of {in_mib(total)} free for {in_mib(need)}"
     if not total:
         return Finding(name, "warn", "the file system does not say what it has", "check it by hand")
     if free < need:
-        return Finding(name, "fail", detail, f"free some of {_nearest(path)}, or lower nvme.size")
+        return Finding(
+            name, "fail", detail, f"free some of {nearest_folder(path)}, or lower nvme.size"
+        )
     return Finding(name, "ok", detail)
 
 
@@ -370,7 +272,7 @@ def check_gpu(config: Config, host: Host) -> Finding:
 def check_run_dir(config: Config, host: Host) -> Finding:
     """The folder of sockets can be made and written."""
     path = config.daemon.run_dir
-    nearest = _nearest(path)
+    nearest = nearest_folder(path)
     if nearest != path and (path.exists() or path.is_symlink()):
         return Finding("run_dir", "fail", f"{path} is not a folder", "remove it, or set another")
     if not os.access(nearest, os.W_OK | os.X_OK):
@@ -424,22 +326,9 @@ def check_daemon(config: Config, host: Host, tenant: str) -> Finding:
 # --- reading the host ----------------------------------------------------------------------------
 
 
-def _text(path: Path) -> str:
-    """A small file of the kernel, empty when it is not there or not readable."""
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError:
-        return ""
-
-
-def _number(pool: Path, prefix: str) -> int:
-    text = _text(pool / f"{prefix}hugepages")
-    return int(text) if text.isdecimal() else 0
-
-
 def _limit(host: Host, name: str) -> int:
     """The soft limit of this process, 0 when it is not shown."""
-    match = re.search(rf"^{name}\s+(\S+)", _text(host.proc / "self/limits"), re.MULTILINE)
+    match = re.search(rf"^{name}\s+(\S+)", text_of(host.proc / "self/limits"), re.MULTILINE)
     if match is None:
         return 0
     return UNLIMITED if match[1] == "unlimited" else int(match[1])
@@ -448,42 +337,9 @@ def _limit(host: Host, name: str) -> int:
 def _limit_text(count: int, unit: str) -> str:
     if count >= UNLIMITED:
         return "unlimited"
-    return _mib(count) if unit == "bytes" else f"{count} {unit}"
-
-
-def _mount(host: Host, path: Path) -> tuple[str, str, list[str]]:
-    """The type, place and options of the mount that holds a path."""
-    real = os.path.realpath(path)
-    best: tuple[str, str, list[str]] = ("unknown file system", "/", [])
-    for line in _text(host.proc / "self/mountinfo").splitlines():
-        left, _, right = line.partition(" - ")
-        fields, kinds = left.split(), right.split()
-        if len(fields) < 5 or not kinds:
-            continue
-        place = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[4])
-        inside = real == place or real.startswith(place.rstrip("/") + "/")
-        if inside and len(place) >= len(best[1]):  # a later mount covers an earlier one
-            best = (kinds[0], place, kinds[-1].split(","))
-    return best
+    return in_mib(count) if unit == "bytes" else f"{count} {unit}"
 
 
 def _gpus(host: Host) -> int:
     shown = len(list((host.proc / "driver/nvidia/gpus").glob("*")))
     return shown or len(list(host.dev.glob("nvidia[0-9]*")))
-
-
-def _nearest(path: Path) -> Path:
-    return next((one for one in (path, *path.parents) if os.path.isdir(one)), Path("/"))
-
-
-def _held(path: Path) -> int:
-    return sum(
-        os.lstat(os.path.join(folder, name)).st_size
-        for folder, _, names in os.walk(path)
-        for name in names
-    )
-
-
-def _mib(count: int) -> str:
-    """Bytes for people: exact in MiB where that is whole, else rounded down."""
-    return format_size(count) if count % MIB == 0 or count < MIB else f"{count // MIB} MiB"

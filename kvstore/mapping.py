@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 
 import numpy as np
 
@@ -47,14 +46,3 @@ def map_shared(file: int, size_bytes: int) -> mmap.mmap:
 def advise(address: int, size_bytes: int, advice: int) -> bool:
     """Whether the kernel took an advice on a range; the interpreter lock is not held meanwhile."""
     return not _libc.madvise(address, size_bytes, advice)
-
-
-def collapse(file: int, mapping: mmap.mmap, start: int, size_bytes: int) -> bool:
-    """Back a range of a new file by huge pages; False where the kernel does not.
-
-    The range must lie on multiples of 2 MiB. A huge page is made where a small one is, so one byte
-    is written to each.
-    """
-    for place in range(start, start + size_bytes, HUGE_BYTES):
-        os.pwrite(file, b"\0", place)
-    return advise(address_of_map(mapping) + start, size_bytes, MADV_COLLAPSE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -72,6 +73,8 @@ class Tenant:
             slab_bytes,
             gid=self._gid,
             preallocate=config.dram.preallocate,
+            nodes=config.memory_nodes(),
+            tables=self._run_dir if config.dram.hugepages else None,
         )
         self._arena, self._table = estate.arena, estate.table
         self._guard: sigbus.Guard | None = None
@@ -368,6 +371,7 @@ def _lock(folder: Path) -> int:
             f"{folder} belongs to a running daemon (process {holder or 'unknown'}): stop it, or "
             "configure other folders"
         ) from None
-    os.ftruncate(file, 0)
-    os.pwrite(file, str(os.getpid()).encode(), 0)
+    with contextlib.suppress(OSError):  # hugetlbfs takes no writes; the lock holds without a name
+        os.ftruncate(file, 0)
+        os.pwrite(file, str(os.getpid()).encode(), 0)
     return file

@@ -13,7 +13,7 @@ from typing import Any
 import pydantic
 import pytest
 
-from kvstore import config
+from kvstore import config, filesystems
 from kvstore.config import Config
 from kvstore.errors import InvalidConfig
 from kvstore.types import GIB, MIB
@@ -51,7 +51,7 @@ def base(tmp_path: Path) -> dict[str, Any]:
 @pytest.fixture
 def small_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every file system has 1 GiB in all and 100 MiB free."""
-    monkeypatch.setattr(config, "room", lambda path: (GIB, 100 * MIB))
+    monkeypatch.setattr(filesystems, "room", lambda path: (GIB, 100 * MIB))
 
 
 def good(
@@ -92,7 +92,8 @@ ENVIRON = {
     "DAEMON_RUN_DIR": "/run/other", "DAEMON_LOG_LEVEL": "debug", "DAEMON_LOG_FORMAT": "json",
     "DAEMON_BUSY_POLL": "50 us", "DAEMON_DRAIN_TIMEOUT": "5",
     "DRAM_PATH": "/dev/shm/other", "DRAM_SIZE": "32 MiB",
-    "DRAM_HUGEPAGES": "true", "DRAM_PREALLOCATE": "False", "DRAM_SLAB_SIZE": "2097152",
+    "DRAM_HUGEPAGES": "false", "DRAM_PREALLOCATE": "False", "DRAM_SLAB_SIZE": "2097152",
+    "DRAM_NUMA": "off",
     "NVME_PATHS": "/mnt/a, /mnt/b", "NVME_SIZE": "67108864", "NVME_ENGINE": "posix",
     "NVME_WRITE_POLICY": "on-evict", "NVME_WRITE_BUDGET": "1 MiB/s", "NVME_SYNC_INTERVAL": "250 ms",
     "NVME_HANG_TIMEOUT": "2 s", "NVME_THREADS": "2", "NVME_QUEUE_DEPTH": "3",
@@ -124,6 +125,11 @@ HOST = [  # what the tree is, and the words its refusal must hold
     ({"dram": {"size": "4 MiB"}}, ["dram.size = 4 MiB", "too small", "at least 8 MiB"]),
     ({"dram": {"size": "0"}}, ["dram.size = 0", "at least 8 MiB"]),
     ({"dram": {"size": "2 GiB"}}, ["dram.size = 2 GiB", "can hold 1024 MiB", "give less"]),
+    ({"dram": {"hugepages": True}},
+     ["dram.hugepages = true", "dram.path = '", "not on hugetlbfs", "mount -t hugetlbfs", "false"]),
+    ({"dram": {"numa": "left"}}, ["dram.numa = 'left'", '"auto", "off", "interleave"', '"0,1"']),
+    ({"dram": {"numa": True}}, ["dram.numa = True", '"auto"']),
+    ({"dram": {"numa": "0,900"}}, ["dram.numa = '0,900'", "node 900 has no memory", "name of 0"]),
     ({"dram": {"hugepages": "yes"}}, ["dram.hugepages = 'yes'", "boolean", "write true or false"]),
     ({"dram": {"path": "shm"}}, ["dram.path = 'shm'", "absolute path", "from the root"]),
     ({"dram": {"path": "/a\0b"}}, ["dram.path", "absolute path"]),
@@ -230,18 +236,18 @@ def test_the_automatic_sizes_are_a_quarter_of_what_is_free(
 def test_what_our_own_files_hold_counts_as_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert config.room(tmp_path / "a" / "b")[0] == config.room(tmp_path)[0] > 0
+    assert filesystems.room(tmp_path / "a" / "b")[0] == filesystems.room(tmp_path)[0] > 0
     (tmp_path / "arena").write_bytes(b"x")
     stat = SimpleNamespace(f_blocks=100, f_bavail=50, f_frsize=4096)
     monkeypatch.setattr(os, "statvfs", lambda path: stat)
     held = (tmp_path / "arena").stat().st_blocks * 512
-    assert config.room(tmp_path) == (409_600, 204_800 + held)
+    assert filesystems.room(tmp_path) == (409_600, 204_800 + held)
 
 
 def test_the_slab_is_an_eighth_or_a_sixteenth(
     base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(config, "room", lambda path: (64 * GIB, 64 * GIB))
+    monkeypatch.setattr(filesystems, "room", lambda path: (64 * GIB, 64 * GIB))
     for size, slab in SLABS.items():
         assert good(base, {"dram": {"size": size}}).slab_bytes == slab
         assert good(base, {"dram": {"size": size, "slab_size": "4 KiB"}}).slab_bytes == 4096
@@ -277,6 +283,38 @@ def test_metrics_addresses(base: dict[str, Any]) -> None:
         assert good(base, {"metrics": {"listen": listen}}).metrics.address == address
 
 
+def test_memory_nodes_are_chosen_by_number_or_word(base: dict[str, Any]) -> None:
+    assert good(base, {}).dram.numa == "auto"
+    for given, kept, nodes in (("0", "0", "0"), (0, "0", "0"), ("off", "off", "as the kernel")):
+        read = good(base, {"dram": {"numa": given}})
+        assert read.dram.numa == kept
+        assert f"dram.numa = {kept}\n" in read.describe()
+        assert f"\nmemory nodes: {nodes}" in read.describe()
+
+
+def test_huge_pages_make_sizes_whole_and_need_their_pool(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a mount of pages of 16 MiB, which no host of these tests has."""
+    monkeypatch.setattr(filesystems, "page_bytes", lambda path: 16 * MIB * ("shm" in str(path)))
+    monkeypatch.setattr(filesystems, "room", lambda path: (GIB, GIB))
+    quotas = {"a": {"dram_quota": "40 MiB"}, "default": {"dram_quota": "23 MiB"}}
+    change: dict[str, Any] = {"dram": {"hugepages": True}, "tenants": quotas}
+    read = good(base, change)
+    assert [read.tenant_dram_bytes(one) for one in quotas] == [32 * MIB, 16 * MIB]
+    assert read.slab_bytes == 8 * MIB
+    quotas["default"]["dram_quota"] = "15 MiB"
+    assert "less than one slab of 16 MiB" in refused(base, change)
+    assert "is on hugetlbfs: set dram.hugepages = true" in refused(base, {})
+    monkeypatch.setattr(filesystems, "room", lambda path: (32 * MIB, 32 * MIB))
+    line = refused(base, {"dram": {"hugepages": True}, "nvme": {"size": "32 MiB"}})
+    assert "dram.size = 64 MiB: wanted 4 huge pages of 16384kB, available 2" in line
+    monkeypatch.setattr(filesystems, "room", lambda path: (0, 0))
+    line = refused(base, {"dram": {"hugepages": True, "size": "auto"}})
+    assert "wanted 1 huge pages of 16384kB, available 0 (0 free of 0, 0 reserved)" in line
+    assert "echo 1 > /sys/kernel/mm/hugepages/hugepages-16384kB/nr_hugepages" in line
+
+
 def test_tiers_of_size_zero(base: dict[str, Any]) -> None:
     assert good(base, {"hbm": [{"device": 0, "size": "0"}]}).hbm[0].device == 0
     for change in ({"size": "0"}, {"size": 0, "paths": []}, {"size": "auto", "paths": []}):
@@ -300,7 +338,8 @@ def test_every_key_has_a_variable(base: dict[str, Any]) -> None:
     assert (str(daemon.run_dir), daemon.log_level) == ("/run/other", "debug")
     assert (daemon.log_format, daemon.drain_timeout) == ("json", 5.0)
     assert (dram.size, dram.slab_size) == (32 * MIB, 2 * MIB)
-    assert (str(dram.path), dram.hugepages, dram.preallocate) == ("/dev/shm/other", True, False)
+    assert (str(dram.path), dram.hugepages, dram.preallocate) == ("/dev/shm/other", False, False)
+    assert dram.numa == "off"
     assert (nvme.paths, nvme.size) == ((Path("/mnt/a"), Path("/mnt/b")), 64 * MIB)
     assert (nvme.engine, nvme.write_policy, nvme.write_budget) == ("posix", "on-evict", MIB)
     assert (nvme.sync_interval, nvme.threads, nvme.queue_depth) == (0.25, 2, 3)
@@ -442,9 +481,9 @@ def test_an_automatic_size_that_follows_the_free_space_is_no_change(
     base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     del base["dram"]["size"], base["nvme"]["size"]
-    monkeypatch.setattr(config, "room", lambda path: (GIB, GIB))
+    monkeypatch.setattr(filesystems, "room", lambda path: (GIB, GIB))
     old = good(base, {})
-    monkeypatch.setattr(config, "room", lambda path: (GIB, GIB // 4))
+    monkeypatch.setattr(filesystems, "room", lambda path: (GIB, GIB // 4))
     new = good(base, {})
     assert old.dram.size != new.dram.size
     assert config.reloadable_changes(old, new) == ([], [])

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kvstore import config, doctor, paths
+from kvstore import config, doctor, filesystems, numa, paths
 from kvstore.config import Config
 from kvstore.doctor import Finding, Host
 from kvstore.types import GIB, KIB, MIB
@@ -23,7 +23,7 @@ Max open files            {files}                 1048576              files
 Max locked memory         {locked}              unlimited            bytes
 """
 THP = "sys/kernel/mm/transparent_hugepage/shmem_enabled"
-POOL = "sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages"
+POOL = "sys/kernel/mm/hugepages/hugepages-2048kB"
 
 
 @pytest.fixture
@@ -44,6 +44,11 @@ def make(root: Path, **sections: Any) -> Config:
     return config.parse(tree, {}, "test")
 
 
+def node_memory(number: int, gib: int) -> str:
+    kib = gib << 20
+    return f"Node {number} MemTotal: {kib} kB\nNode {number} MemFree: {kib // 4} kB"
+
+
 def host(root: Path, files: dict[str, str]) -> Host:
     """An invented host: a healthy one with these files changed ("": taken away)."""
     mounts = (
@@ -56,7 +61,8 @@ def host(root: Path, files: dict[str, str]) -> Host:
         "proc/meminfo": "MemTotal:       131072000 kB\nMemFree: 1 kB",
         "proc/driver/nvidia/gpus/0000:01:00.0/information": "Model: H200",
         THP: "always within_size advise [never] deny force",
-        "sys/devices/system/node/node0/meminfo": "",
+        "sys/devices/system/node/node0/meminfo": node_memory(0, 128),
+        "sys/devices/system/node/node0/cpulist": "0-7",
     }
     for name, text in (healthy | files).items():
         if text or name not in files:
@@ -65,6 +71,12 @@ def host(root: Path, files: dict[str, str]) -> Host:
             path.write_text(text)
     base = root / "host"
     return Host(proc=base / "proc", sys=base / "sys", dev=base / "dev")
+
+
+NODE1 = {
+    "sys/devices/system/node/node1/meminfo": node_memory(1, 64),
+    "sys/devices/system/node/node1/cpulist": "8-15",
+}
 
 
 def find(findings: list[Finding], name: str) -> Finding:
@@ -172,11 +184,14 @@ def test_a_healthy_host_has_nothing_to_do(small: Config, tmp_path: Path) -> None
         ("shmem_hugepages", {THP: "never deny [force]"}, "ok", ["force"]),
         ("shmem_hugepages", {THP: ""}, "warn", ["CONFIG_TRANSPARENT_HUGEPAGE"]),
         ("shmem_hugepages", {"proc/self/mountinfo": ""}, "ok", ["not used"]),
+        ("numa", {}, "ok", ["1 memory node (0: 128 GiB, 32 GiB free)", "to the kernel"]),
+        ("numa", {"sys/devices/system/node/node0/meminfo": ""}, "ok", ["0 memory nodes"]),
+        ("numa", NODE1, "ok", ["2 memory nodes", "1: 64 GiB", '"auto" spreads', "over 0, 1"]),
         (
             "numa",
-            {"sys/devices/system/node/node1/meminfo": "x"},
+            NODE1 | {"proc/self/status": "Mems_allowed_list:\t1\n"},
             "warn",
-            ["2 memory", "NUMAPolicy"],
+            ["leaves them to the kernel", 'dram.numa = "auto"'],
         ),
         ("gpu", {"proc/driver/nvidia/gpus/1/information": "x"}, "ok", ["2 GPUs"]),
     ],
@@ -222,17 +237,99 @@ def test_no_gpu_is_a_warning_and_devices_count_too(small: Config, tmp_path: Path
     assert find(doctor.examine(small, bare), "gpu").detail == "1 GPU"
 
 
+def made_up(root: Path, **dram: Any) -> Config:
+    """A configuration that this host could not run: for invented ones."""
+    tree: dict[str, Any] = {
+        "daemon": {"run_dir": f"/tmp/kvd-{os.getpid()}"},
+        "dram": {"path": str(root / "shm"), "size": "16 MiB"} | dram,
+        "nvme": {"size": 0},
+    }
+    return Config.model_validate(tree)
+
+
 def test_huge_pages_need_their_mount_and_their_pool(tmp_path: Path) -> None:
-    asked = make(tmp_path, dram={"hugepages": True}, nvme={"size": 0})
+    asked = made_up(tmp_path, hugepages=True)
     one = find(doctor.examine(asked, host(tmp_path, {})), "hugetlb")
     assert (one.status, "hugetlbfs" in one.remedy) == ("fail", True)
-    mounts = {"proc/self/mountinfo": f"1 0 0:1 / {tmp_path} rw - hugetlbfs h rw,pagesize=2M"}
-    one = find(doctor.examine(asked, host(tmp_path, mounts | {POOL: "7"})), "hugetlb")
-    assert one.status == "fail" and "7 pages of 2 MiB" in one.detail
-    assert one.remedy.startswith("echo 8 > ") and "hugepages-2048kB/nr_hugepages" in one.remedy
-    findings = doctor.examine(asked, host(tmp_path, mounts | {POOL: "8"}))
-    assert find(findings, "hugetlb").status == find(findings, "shmem_hugepages").status == "ok"
+    mounts = {
+        "proc/self/mountinfo": f"1 0 0:1 / {tmp_path} rw - hugetlbfs h rw,mode=755,pagesize=2M\n"
+        "2 0 0:2 / /tmp rw - tmpfs t rw"
+    }
+    pool = {f"{POOL}/nr_hugepages": "9", f"{POOL}/resv_hugepages": "2"}
+    few = pool | {f"{POOL}/free_hugepages": "8"}
+    one = find(doctor.examine(asked, host(tmp_path, mounts | few)), "hugetlb")
+    assert one.status == "fail" and "6 of 9 pages of 2 MiB" in one.detail
+    assert "wanted 8 huge pages of 2048kB, available 6 (8 free of 9, 2 reserved)" in one.remedy
+    assert "echo 11 > " in one.remedy and "hugepages-2048kB/nr_hugepages" in one.remedy
+    findings = doctor.examine(
+        asked, host(tmp_path, mounts | few | {f"{POOL}/nr_overcommit_hugepages": "2"})
+    )
+    for name in ("hugetlb", "shmem_hugepages", "tmpfs", "slot_table"):
+        assert find(findings, name).status == "ok", find(findings, name)
     assert not [one for one in findings if one.name.startswith(("o_direct", "nvme_space"))]
+    disk = {"proc/self/mountinfo": mounts["proc/self/mountinfo"].replace("tmpfs", "ext4")}
+    one = find(doctor.examine(asked, host(tmp_path, disk)), "slot_table")
+    assert one.status == "warn" and "run_dir is on ext4" in one.detail and "/run" in one.remedy
+
+
+def test_huge_pages_of_another_size_count_by_their_mount(tmp_path: Path) -> None:
+    asked = made_up(tmp_path, hugepages=True, size="3 GiB")
+    mounts = {
+        "proc/self/mountinfo": f"1 0 0:1 / {tmp_path} rw - hugetlbfs h rw,pagesize=1G",
+        "proc/meminfo": "MemTotal: 131072000 kB",
+    }
+    giant = POOL.replace("2048", "1048576")
+    files = {f"{giant}/nr_hugepages": "2", f"{giant}/free_hugepages": "2"}
+    one = find(doctor.examine(asked, host(tmp_path, mounts | files)), "hugetlb")
+    assert one.status == "fail" and "wanted 3 huge pages of 1048576kB, available 2" in one.remedy
+
+
+def test_each_node_needs_its_part_of_the_huge_pages(tmp_path: Path) -> None:
+    mounts = {"proc/self/mountinfo": f"1 0 0:1 / {tmp_path} rw - hugetlbfs h rw,pagesize=2M"}
+    node = "sys/devices/system/node/node{}/hugepages/hugepages-2048kB/{}_hugepages"
+    files = {f"{POOL}/nr_hugepages": "8", f"{POOL}/free_hugepages": "8"}
+    for number, count in ((0, "7"), (1, "1")):
+        files |= {node.format(number, "nr"): count, node.format(number, "free"): count}
+    findings = doctor.examine(
+        made_up(tmp_path, hugepages=True), host(tmp_path, mounts | NODE1 | files)
+    )
+    one = find(findings, "hugetlb")
+    assert one.status == "warn" and "node 1 has 1 of its part of 4 pages free" in one.detail
+    assert "echo 4 > " in one.remedy and "node1/hugepages/hugepages-2048kB" in one.remedy
+    alone = made_up(tmp_path, hugepages=True, numa="off")
+    one = find(doctor.examine(alone, host(tmp_path, mounts | NODE1 | files)), "hugetlb")
+    assert one.status == "ok" and "node 0: 7 free of 7, node 1: 1 free of 1" in one.detail
+
+
+def test_a_pool_that_is_not_used_is_shown(small: Config, tmp_path: Path) -> None:
+    files = {f"{POOL}/nr_hugepages": "7", f"{POOL}/free_hugepages": "5"}
+    one = find(doctor.examine(small, host(tmp_path, files)), "hugetlb")
+    assert one.status == "ok" and "off (5 of 7 pages of 2 MiB available)" in one.detail
+
+
+def test_nodes_that_are_named_must_be_there_and_large_enough(tmp_path: Path) -> None:
+    two = host(tmp_path, NODE1)
+    one = find(doctor.examine(made_up(tmp_path, numa="off"), two), "numa")
+    assert one.status == "warn" and 'dram.numa = "auto"' in one.remedy
+    one = find(doctor.examine(made_up(tmp_path, numa="0,5"), two), "numa")
+    assert one.status == "fail" and "node 5 has no memory" in one.detail
+    one = find(doctor.examine(made_up(tmp_path, numa="1", size="65 GiB"), two), "numa")
+    assert one.status == "warn" and "node 1 has less" in one.detail and "dram.size" in one.remedy
+    one = find(doctor.examine(made_up(tmp_path, numa="1"), two), "numa")
+    assert one.status == "ok" and "spreads the arena over 1" in one.detail
+
+
+def test_a_kernel_that_takes_no_preference_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(numbers: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    asked = made_up(tmp_path, numa=str(numa.nodes()[0].number))
+    monkeypatch.setattr(numa, "check", refuse)
+    one = find(doctor.examine(asked), "numa")
+    assert one.status == "warn" and "refuses: Operation not permitted" in one.detail
+    assert "SystemCallFilter" in one.remedy
 
 
 @pytest.mark.parametrize(
@@ -253,17 +350,17 @@ def test_the_tmpfs_must_hold_the_arena(
     status: str,
     words: list[str],
 ) -> None:
-    monkeypatch.setattr(doctor, "room", lambda path: (total, free))
+    monkeypatch.setattr(filesystems, "room", lambda path: (total, free))
     one = find(doctor.examine(small, host(tmp_path, {})), "tmpfs")
     assert one.status == status, one
     assert all(word in f"{one.detail} {one.remedy}" for word in words), one
 
 
 def test_disks_too_full_or_silent(small: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "room", lambda path: (GIB, 16 * MIB - 1))
+    monkeypatch.setattr(filesystems, "room", lambda path: (GIB, 16 * MIB - 1))
     one = find(doctor.examine(small), "nvme_space")
     assert one.status == "fail" and "lower nvme.size" in one.remedy
-    monkeypatch.setattr(doctor, "room", lambda path: (0, 0))
+    monkeypatch.setattr(filesystems, "room", lambda path: (0, 0))
     assert find(doctor.examine(small), "nvme_space").status == "warn"
 
 

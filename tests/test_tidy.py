@@ -18,7 +18,7 @@ FUNCTION_LINES_MAX = 60
 
 # Imports go down only. A floor may import its own, those below it, and the rooms named beside it.
 FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("ground", ("errors", "mapping", "paths", "spin", "types", "units")),
+    ("ground", ("errors", "filesystems", "mapping", "numa", "paths", "spin", "types", "units")),
     (
         "core",
         (
@@ -55,6 +55,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "adoption",
             "carrier",
             "config",
+            "config_checks",
             "disk",
             "drains",
             "hands",
@@ -86,6 +87,8 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "cli_trace",
             "daemon",
             "doctor",
+            "doctor_memory",
+            "findings",
             "forecast",
             "front_door",
             "hatch",
@@ -109,7 +112,7 @@ ROOMS_SEEN_BY = {
 }
 # Rooms know nobody above them, nor each other; the client knows the messages and the ground.
 SEEN_BY_ROOM = {
-    "tiers": ("mapping",),
+    "tiers": ("filesystems", "mapping", "numa"),
     "eviction": (),
     "protos": (),
     "client": ("protos", "errors", "mapping", "paths", "spin", "types"),

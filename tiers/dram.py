@@ -10,14 +10,17 @@ import contextlib
 import errno
 import os
 import stat
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-from kvstore.mapping import HUGE_BYTES, address_of_map, collapse, map_shared
+from kvstore import filesystems, numa
+from kvstore.mapping import HUGE_BYTES, address_of_map, map_shared
+from kvstore.tiers.allocation import allocate
 from kvstore.tiers.base import ALIGNMENT, check_range, copy, flat, named
 
 ARENA_MODE = 0o660  # the group of the tenant maps it
-COLLAPSE_BYTES = 64 << 20
-FALLOCATE_BYTES = 1 << 30  # one call is restarted from its start by a signal, so it is kept short
+SAMPLES = 64  # pages that are asked where they lie
 
 
 class DramArena:
@@ -62,6 +65,18 @@ class DramArena:
         lost = self._allocated and _holds(status) < self.capacity_bytes
         return lost or status.st_size < self.capacity_bytes
 
+    def nodes_found(self) -> Counter[int]:
+        """On which memory nodes a sample of its pages lies; empty where that cannot be told."""
+        found: Counter[int] = Counter()
+        if self._allocated:  # asking touches a page, and would make one that is not there
+            step = max(1, self.capacity_bytes // SAMPLES)
+            with contextlib.suppress(OSError):
+                for start in range(0, self.capacity_bytes, step):
+                    # Stripes take turns: steps of whole turns would meet the same node only.
+                    offset = start + start // step * HUGE_BYTES
+                    found[numa.node_at(self.address + offset % self.capacity_bytes)] += 1
+        return found
+
     @classmethod
     def create(
         cls,
@@ -71,23 +86,34 @@ class DramArena:
         mode: int = ARENA_MODE,
         gid: int | None = None,
         preallocate: bool = True,
+        nodes: Sequence[int] = (),
     ) -> DramArena:
         """A new arena of zeros; an old file of that name is unlinked, and lives on in old maps.
 
-        Raises ValueError for an impossible size, OSError (ENOSPC) naming path, wanted and available
-        bytes when the filesystem has no room: touching an overcommitted tmpfs page is a SIGBUS.
+        Its pages are spread over the memory `nodes`, as far as those have any; () leaves that to
+        the kernel. In hugetlbfs all pages are taken at once, whatever `preallocate` says: nobody
+        else could use them. Raises ValueError for an impossible size, OSError (ENOSPC) naming path,
+        wanted and available bytes when the filesystem has no room: touching an overcommitted tmpfs
+        page is a SIGBUS.
         """
         if size_bytes <= 0 or size_bytes % ALIGNMENT:
             raise ValueError(f"an arena of {size_bytes} bytes: give a multiple of {ALIGNMENT}")
         scratch = path.with_name(path.name + ".new")
         for old in (scratch, path):
             old.unlink(missing_ok=True)
-        _check_room(path, size_bytes)
+        page_bytes = filesystems.page_bytes(path.parent)
+        if page_bytes and size_bytes % page_bytes:
+            text = f"size {size_bytes} refused: give a multiple of {page_bytes} bytes"
+            raise OSError(errno.EINVAL, text, os.fspath(path))
+        _check_room(path, size_bytes, page_bytes)
         file = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         try:
             os.ftruncate(file, size_bytes)
-            if preallocate:
-                _allocate(file, size_bytes)
+            if preallocate or page_bytes:
+                allocate(file, size_bytes, huge_page_bytes=page_bytes, nodes=nodes)
+            if nodes and not page_bytes:  # pages made from now on: in holes, or back from swap
+                with map_shared(file, size_bytes) as mapping:
+                    numa.spread(address_of_map(mapping), size_bytes, nodes)
             if gid is not None:
                 os.fchown(file, -1, gid)
             os.fchmod(file, mode)  # after the owner is right, and whatever the umask says
@@ -95,12 +121,8 @@ class DramArena:
         except OSError as error:
             os.close(file)
             scratch.unlink(missing_ok=True)
-            if error.errno == errno.ENOSPC:
-                _check_room(path, size_bytes)
-            if error.errno == errno.EINVAL:  # hugetlbfs cuts in huge pages only
-                page = os.statvfs(path.parent).f_bsize
-                text = f"size {size_bytes} refused: give a multiple of {page} bytes"
-                raise OSError(errno.EINVAL, text, os.fspath(path)) from error
+            if error.errno in (errno.ENOSPC, errno.ENOMEM):
+                _check_room(path, size_bytes, page_bytes)
             raise named(error, path) from error
         return cls(path, file)
 
@@ -146,21 +168,15 @@ def _holds(status: os.stat_result) -> int:
     return status.st_blocks * 512
 
 
-def _allocate(file: int, size_bytes: int) -> None:
-    """Take all pages of a new file, huge ones as far as the kernel gives them."""
-    huge_bytes = size_bytes // HUGE_BYTES * HUGE_BYTES
-    with map_shared(file, size_bytes) as mapping:
-        for start in range(0, huge_bytes, COLLAPSE_BYTES):
-            if not collapse(file, mapping, start, min(COLLAPSE_BYTES, huge_bytes - start)):
-                break
-    for start in range(0, size_bytes, FALLOCATE_BYTES):
-        os.posix_fallocate(file, start, min(FALLOCATE_BYTES, size_bytes - start))
-
-
-def _check_room(path: Path, size_bytes: int) -> None:
+def _check_room(path: Path, size_bytes: int, page_bytes: int) -> None:
     """Raises OSError when the filesystem of `path` cannot hold so many bytes more."""
     room = os.statvfs(path.parent)
     available = room.f_bavail * room.f_frsize
-    if available < size_bytes:
+    if (room.f_blocks or not page_bytes) and available < size_bytes:
         text = f"no room for an arena: wanted {size_bytes} bytes, available {available} bytes"
         raise OSError(errno.ENOSPC, text, os.fspath(path))
+    if page_bytes:
+        pool = filesystems.pool(page_bytes)
+        if pool.available * page_bytes < size_bytes:
+            text = f"no room for an arena: {pool.lack(size_bytes, pool.available)}"
+            raise OSError(errno.ENOSPC, text, os.fspath(path))

@@ -5,12 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from kvstore import filesystems, numa
 from kvstore.tiers.base import ALIGNMENT
 from kvstore.tiers.dram import DramArena
+from kvstore.types import MIB
+from tests import mounts
 
 SIZE = 64 * ALIGNMENT
 
@@ -113,3 +118,103 @@ def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         DramArena.create(tmp_path / "absent" / "arena", SIZE)
     assert "absent" in str(caught.value)
+
+
+# --- huge pages of a pool ------------------------------------------------------------------------
+
+
+PAGE = mounts.PAGE_BYTES
+
+
+@pytest.fixture(scope="module")
+def huge() -> Iterator[Path]:
+    """A folder on hugetlbfs with eight pages."""
+    with mounts.hugetlbfs(8) as folder:
+        yield folder
+
+
+def test_an_arena_of_huge_pages_outlives_its_object(huge: Path) -> None:
+    path, before = huge / "arena", filesystems.pool(PAGE).available
+    first = DramArena.create(path, 4 * PAGE, preallocate=False, gid=os.getegid())
+    assert before - filesystems.pool(PAGE).available == 4, "taken at once, whatever is asked"
+    first.write(PAGE, memoryview(b"still here"))
+    assert not first.damaged()
+    first.close()
+    second = DramArena.open(path)
+    assert bytes(second.view(PAGE, 10)) == b"still here"
+    os.truncate(path, PAGE)
+    assert second.damaged()
+    os.truncate(path, 4 * PAGE)
+    assert second.damaged(), "grown again, but its pages are gone"
+    second.close()
+    path.unlink()
+    assert filesystems.pool(PAGE).available == before
+
+
+def test_huge_pages_are_whole(huge: Path) -> None:
+    with pytest.raises(OSError, match=f"size {3 * MIB} refused: give a multiple of {PAGE} bytes"):
+        DramArena.create(huge / "arena", 3 * MIB)
+    assert os.listdir(huge) == []
+
+
+def test_a_pool_that_is_too_small_says_what_it_has(huge: Path) -> None:
+    pool = filesystems.pool(PAGE)
+    size = (pool.available + 3) * PAGE
+    with pytest.raises(OSError, match="no room for an arena") as caught:
+        DramArena.create(huge / "arena", size)
+    assert caught.value.errno == errno.ENOSPC
+    assert f"wanted {pool.available + 3} huge pages of 2048kB, available {pool.available} (" in str(
+        caught.value
+    )
+    assert f"echo {pool.total + 3} > /sys/kernel/mm/hugepages/" in str(caught.value)
+    assert os.listdir(huge) == []
+
+
+# --- memory nodes --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def node() -> int:
+    """A node of this host, where policies are allowed: some containers forbid them."""
+    number = numa.nodes()[0].number
+    try:
+        numa.check([number])
+    except PermissionError as error:
+        pytest.skip(f"memory policies are forbidden here: {error}")
+    return number
+
+
+def policy_of(arena: DramArena) -> str:
+    """The policy for pages of its map that are still to be made."""
+    lines = Path("/proc/self/numa_maps").read_text().splitlines()
+    return next(line.split()[1] for line in lines if line.startswith(f"{arena.address:x} "))
+
+
+@pytest.mark.parametrize("preallocate", [True, False])
+def test_pages_come_from_the_nodes_wanted_whoever_makes_them(node: int, preallocate: bool) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        path = Path(folder) / "arena"
+        DramArena.create(path, 4 * MIB, preallocate=preallocate, nodes=(node,)).close()
+        arena = DramArena.open(path)  # the policy is the file's, not the first map's
+        assert policy_of(arena) == f"prefer:{node}"
+        assert set(arena.nodes_found()) == ({node} if preallocate else set())
+        arena.close()
+        arena = DramArena.create(path, 4 * MIB, preallocate=preallocate)
+        assert policy_of(arena) == "default"
+        arena.close()
+
+
+@pytest.mark.usefixtures("node")
+def test_a_node_that_is_not_there_leaves_no_file(tmp_path: Path) -> None:
+    absent = max(one.number for one in numa.nodes()) + 1
+    with pytest.raises(OSError, match="Invalid argument"):
+        DramArena.create(tmp_path / "arena", SIZE, nodes=(absent,))
+    assert os.listdir(tmp_path) == []
+
+
+def test_huge_pages_of_a_node(huge: Path, node: int) -> None:
+    arena = DramArena.create(huge / "arena", 4 * PAGE, nodes=(node,))
+    found = arena.nodes_found()
+    assert set(found) == {node} and found.total() >= 4
+    arena.close()
+    arena.path.unlink()

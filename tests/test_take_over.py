@@ -1,0 +1,77 @@
+"""Taking over an arena: where it lies, where its tables are, and what the log says of its nodes."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from kvstore import adoption, numa
+from kvstore.adoption import Estate, take_over
+from kvstore.tiers.dram import DramArena
+from kvstore.types import MIB
+
+SIZE, SLAB = 8 * MIB, MIB
+
+
+def taken(folder: Path, **options: Any) -> tuple[Estate, list[Any]]:
+    with capture_logs() as said:
+        estate = take_over(folder, SIZE, SLAB, gid=None, preallocate=True, **options)
+    estate.table.close()
+    estate.arena.close()
+    return estate, [one["event"] for one in said]
+
+
+def test_the_tables_may_be_in_another_folder(tmp_path: Path) -> None:
+    arena, tables = tmp_path / "arena", tmp_path / "tables"
+    arena.mkdir()
+    tables.mkdir()
+    assert not taken(arena, tables=tables)[0].adopted
+    assert os.listdir(arena) == ["arena"] and sorted(os.listdir(tables)) == ["notes", "slots"]
+    assert taken(arena, tables=tables)[0].adopted
+    assert not taken(arena)[0].adopted, "there are none beside it"
+
+
+def test_old_tables_are_gone_before_a_new_arena_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a reboot a new arena may have the inode that an old table names: a daemon that died
+    between the two would have left zeros that the next one takes for blocks."""
+    taken(tmp_path)
+    (tmp_path / "arena").unlink()
+    seen: list[list[str]] = []
+
+    def create(path: Path, *_: object, **__: object) -> DramArena:
+        seen.append(os.listdir(path.parent))
+        raise OSError(errno.ENOSPC, "no room", os.fspath(path))
+
+    monkeypatch.setattr(DramArena, "create", create)
+    with pytest.raises(OSError, match="no room"):
+        taken(tmp_path)
+    assert seen == [[]]
+
+
+def test_a_system_that_forbids_policies_has_an_arena_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(numbers: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(numa, "check", refuse)
+    estate, said = taken(tmp_path, nodes=(numa.nodes()[0].number,))
+    assert said == ["memory nodes are left to the kernel"]
+    assert not estate.adopted and estate.arena.capacity_bytes == SIZE
+    assert taken(tmp_path, nodes=(0,))[1] == [], "what is adopted is not asked for"
+
+
+def test_pages_on_other_nodes_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DramArena, "nodes_found", lambda arena: Counter({0: 40, 3: 24}))
+    monkeypatch.setattr(adoption, "_takes", lambda nodes: ())
+    assert taken(tmp_path, nodes=(0, 3))[1] == []
+    assert taken(tmp_path, nodes=(0,))[1] == ["arena lies on other memory nodes than wanted"]
+    assert taken(tmp_path)[1] == [], "nobody wanted any"
