@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,8 @@ class Arena:
         self.view = memoryview(self._map)
         self.address = address_of_map(self._map)
         self._closing = False
+        self._hooks: list[Callable[[], object]] = []
+        self._hooking = threading.Lock()
         self._populate = threading.Thread(
             target=self._touch_pages, name="kvstore-populate", daemon=True
         )
@@ -60,8 +63,20 @@ class Arena:
 
     def close(self) -> None:
         """Stop the background work. The mapping itself lives while any view of it does."""
-        self._closing = True
+        with self._hooking:
+            self._closing = True
+            hooks, self._hooks = self._hooks, []
+        for hook in hooks:
+            hook()
         self._populate.join()
+
+    def on_close(self, hook: Callable[[], object]) -> None:
+        """Have `hook` called when the arena is closed; at once if it was."""
+        with self._hooking:
+            if not self._closing:
+                self._hooks.append(hook)
+                return
+        hook()
 
     def is_at(self, path: str, size_bytes: int, inode: int) -> bool:
         """Whether this mapping is of the file that a daemon names. The inode alone does not tell:
@@ -105,7 +120,7 @@ def address_of(buffer: Any, size: int, what: str, *, writable: bool) -> int:
     if hasattr(buffer, "data_ptr"):
         return _tensor_address(buffer, size, what)
     if hasattr(buffer, "__cuda_array_interface__"):
-        raise InvalidBlock(f"{what} is in device memory: copy it to the host first")
+        raise InvalidBlock(f"{what} is in CUDA memory, the first one is not: give all alike")
     try:
         view = buffer if type(buffer) is memoryview else memoryview(buffer)
     except (TypeError, ValueError, BufferError) as error:
@@ -123,6 +138,15 @@ def address_of(buffer: Any, size: int, what: str, *, writable: bool) -> int:
         raise InvalidBlock(f"{what} is read-only: give a writable buffer")
     address: int = np.frombuffer(view, np.uint8).__array_interface__["data"][0]
     return address
+
+
+def on_device(buffer: Any) -> bool:
+    """Whether a caller's buffer is in the memory of a CUDA device."""
+    if type(buffer) is np.ndarray:
+        return False
+    if hasattr(buffer, "data_ptr"):
+        return bool(buffer.device.type == "cuda")
+    return hasattr(buffer, "__cuda_array_interface__")
 
 
 def _tensor_address(tensor: Any, size: int, what: str) -> int:

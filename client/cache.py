@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvstore.client.arena import address_of
+from kvstore.client.arena import address_of, on_device
 from kvstore.client.grant import Grant, count_tiers
 from kvstore.client.places import Places
 from kvstore.client.reservation import NEW, PRESENT, REFUSED, Reservation
@@ -18,6 +18,7 @@ from kvstore.types import Layout, check_keys
 
 if TYPE_CHECKING:
     from kvstore.client.client import Client, Session
+    from kvstore.client.cuda import Copier, DeviceBuffers
 
 DEADLINE_S = 1.0  # of reserve and acquire, unless the caller says otherwise
 WAIT_S_MAX = 3_600.0  # longer waits are cut to this, as the daemon does
@@ -63,6 +64,7 @@ class Cache:
     def __init__(self, client: Client, layout: Layout) -> None:
         self.client = client
         self.layout = layout
+        self.copier: Copier | None = None  # of CUDA buffers; None: that of the process
         self._number: tuple[Session, int] | None = None  # of the layout, on that session
 
     def lookup(self, hashes: Sequence[bytes]) -> Match:
@@ -85,7 +87,8 @@ class Cache:
 
         blocks      one buffer per hash, of `layout.block_bytes` bytes each, or of
                     `layout.shard_bytes` with `shard`: then a block becomes visible when all its
-                    shards have been put, by whichever client
+                    shards have been put, by whichever client. In host memory, or all in that of
+                    one CUDA device
         deadline_s  how long to go on when room must be made; None: the client's timeout
 
         Raises InvalidBlock, before anything is stored, for a buffer of a wrong size or kind.
@@ -94,6 +97,7 @@ class Cache:
         sources = self._addresses(hashes, blocks, shard, writable=False)
         wait_s = self.client.timeout_s if deadline_s is None else _wait_s(deadline_s)
         end = time.monotonic() + wait_s
+        copied_by = end + self.client.timeout_s  # by a device
         outcome = bytearray([REFUSED]) * len(hashes)
         done = 0
         while done < len(hashes):
@@ -102,8 +106,8 @@ class Cache:
             session, reply = self._reserve(hashes, parent, hints, wait_s, shard, skip=done)
             status: bytes = reply.status
             new = [at for at, answer in enumerate(status, done) if answer == NEW]
-            if new:
-                self._fill(session, reply, [sources[at] for at in new], shard)
+            if new and not self._fill(session, reply, sources, new, shard, copied_by):
+                status, new = status.replace(bytes([NEW]), bytes([REFUSED])), []
             for at, answer in enumerate(status, done):
                 if answer == NEW or outcome[at] == REFUSED:
                     outcome[at] = answer
@@ -133,6 +137,7 @@ class Cache:
         started, wait_s = time.monotonic(), _wait_s(deadline_s)
         into = list(into)
         targets = self._addresses(hashes, into, shard, writable=True)
+        copied_by = started + wait_s + self.client.timeout_s  # by a device
         done, tiers = 0, Counter[str]()
         window = max(1, WINDOW_BYTES // self.layout.block_bytes)
         while done < len(hashes):
@@ -140,9 +145,8 @@ class Cache:
             grant = self._acquire(hashes, left_s, prefill_tokens_per_s, window, skip=done)
             if not grant.length:
                 break
-            with grant:
-                grant.places.copy_out(targets[done : done + grant.length], shard)
-            if not grant.release():
+            part = slice(done, done + grant.length)
+            if not self._copy_out(grant, targets, part, shard, copied_by):
                 break
             done += grant.length
             tiers += grant.tiers
@@ -275,12 +279,23 @@ class Cache:
             skip=skip or 0,
         )
 
-    def _fill(self, session: Session, reply: Any, sources: list[int], shard: int | None) -> None:
-        """Copy into the slots that were reserved, and commit."""
+    def _fill(
+        self,
+        session: Session,
+        reply: Any,
+        sources: list[int] | DeviceBuffers,
+        new: list[int],
+        shard: int | None,
+        copied_by: float,
+    ) -> bool:
+        """Copy the `new` ones of the sources into the slots that were reserved, and commit. False:
+        a device was too late, or failed, and nothing was stored."""
         places = Places(session.arena, self.layout, reply.offsets)
         reservation = Reservation(self.client, session, places, reply.lease, reply.status, shard)
         try:
-            places.copy_in(sources, shard)
+            if not isinstance(sources, list):
+                return self._fill_from_device(reservation, places, sources, new, shard, copied_by)
+            places.copy_in([sources[at] for at in new], shard)
             reservation.commit()
         except SessionLost:
             raise Unavailable(
@@ -288,8 +303,51 @@ class Cache:
                 "is not stored"
             ) from None
         except BaseException:  # nobody could store these blocks while the lease lives
-            reservation.abort()
+            if isinstance(sources, list):  # else the copier ends the reservation, at its time
+                reservation.abort()
             raise
+        return True
+
+    def _fill_from_device(
+        self,
+        reservation: Reservation,
+        places: Places,
+        sources: DeviceBuffers,
+        new: list[int],
+        shard: int | None,
+        copied_by: float,
+    ) -> bool:
+        assert self.copier is not None, "found with the buffers"
+        fragments = sources.fragments(places, shard, new)
+        return self.copier.store(
+            reservation,
+            fragments,
+            deadline=copied_by,
+            streams=sources.streams,
+            keep=sources.buffers,
+        )
+
+    def _copy_out(
+        self,
+        grant: Grant,
+        targets: list[int] | DeviceBuffers,
+        part: slice,
+        shard: int | None,
+        copied_by: float,
+    ) -> bool:
+        """Copy a grant to a part of the targets. False: what came of it must be thrown away."""
+        if isinstance(targets, list):
+            with grant:
+                grant.places.copy_out(targets[part], shard)
+            return grant.release()
+        assert self.copier is not None, "found with the buffers"
+        return self.copier.load(
+            grant,
+            targets.fragments(grant.places, shard, part),
+            deadline=copied_by,
+            streams=targets.streams,
+            keep=targets.buffers,
+        )
 
     def _acquire(
         self,
@@ -330,7 +388,7 @@ class Cache:
 
     def _addresses(
         self, hashes: Sequence[bytes], buffers: Sequence[Any], shard: int | None, *, writable: bool
-    ) -> list[int]:
+    ) -> list[int] | DeviceBuffers:
         """Where the buffers are, after everything about keys and buffers has been checked."""
         check_keys(hashes)
         if len(buffers) != len(hashes):
@@ -341,6 +399,12 @@ class Cache:
         if shard is not None:
             self._check_shard(shard)
             size = self.layout.shard_bytes
+        if buffers and on_device(buffers[0]):
+            from kvstore.client import cuda
+
+            if self.copier is None:
+                self.copier = cuda.default_copier()
+            return cuda.device_buffers(self.copier.platform, buffers, size, writable=writable)
         return [
             address_of(buffer, size, f"buffer {at}", writable=writable)
             for at, buffer in enumerate(buffers)

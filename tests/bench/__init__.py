@@ -1,0 +1,1 @@
+"""Benchmarks that need more than a processor, each one command."""
