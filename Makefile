@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: soak-kill soak-reboot soak-linear soak-restart soak-deaths soak-deadlines soak-faults soak-power soak-flips soak-simulate soak-attribution setup demo test bench proto clean
+.PHONY: test-engines soak-kill soak-reboot soak-linear soak-restart soak-deaths soak-deadlines soak-faults soak-power soak-flips soak-simulate soak-attribution setup demo test bench proto clean
 
 setup: $(VENV)/ready
 
@@ -19,6 +19,11 @@ demo: setup
 
 test: setup
 	$(RUN) -m tests
+
+# Real vLLM and SGLang engines with the connectors; needs some 8 GB of disk.
+test-engines: setup
+	$(RUN) -m tests.vllm_store
+	$(RUN) -m tests.sglang_store
 
 bench: setup
 	$(VENV)/bin/kvstore bench

@@ -14,7 +14,7 @@ from kvstore.client.places import Places
 from kvstore.client.reservation import NEW, PRESENT, REFUSED, Reservation
 from kvstore.errors import InvalidBlock, InvalidRequest, SessionLost, Unavailable
 from kvstore.protos import kvstore_pb2 as pb
-from kvstore.types import Layout, check_keys
+from kvstore.types import NO_GPU, Layout, check_keys
 
 if TYPE_CHECKING:
     from kvstore.client.client import Client, Session
@@ -142,7 +142,10 @@ class Cache:
         window = max(1, WINDOW_BYTES // self.layout.block_bytes)
         while done < len(hashes):
             left_s = max(0.0, started + wait_s - time.monotonic())
-            grant = self._acquire(hashes, left_s, prefill_tokens_per_s, window, skip=done)
+            gpus = self._gpus(targets, shard)
+            grant = self._acquire(
+                hashes, left_s, prefill_tokens_per_s, window, skip=done, gpus=gpus
+            )
             if not grant.length:
                 break
             part = slice(done, done + grant.length)
@@ -186,8 +189,8 @@ class Cache:
 
         With deadline_s 0, what is in memory now; loads of what follows are ordered all the same.
 
-        gpus        for each shard the GPU on which it is wanted, as a place in `client.gpus`: what
-                    is asked for again is copied there, see `Grant.copies`
+        gpus        for each shard the GPU on which it is wanted, as a place in `client.gpus`, or
+                    NO_GPU: what is asked for again is copied there, see `Grant.copies`
         """
         check_keys(hashes)
         return self._acquire(hashes, _wait_s(deadline_s), prefill_tokens_per_s, 0, gpus=gpus)
@@ -341,13 +344,32 @@ class Cache:
                 grant.places.copy_out(targets[part], shard)
             return grant.release()
         assert self.copier is not None, "found with the buffers"
+        copies = grant.copies[shard or 0 :: self.layout.shards]
+        far, near = targets.split(
+            targets.fragments(grant.places, shard, part),
+            copies,
+            self.copier.part(grant.session, targets.device),
+        )
         return self.copier.load(
             grant,
-            targets.fragments(grant.places, shard, part),
+            far,
             deadline=copied_by,
             streams=targets.streams,
             keep=targets.buffers,
+            near=near,
         )
+
+    def _gpus(self, targets: list[int] | DeviceBuffers, shard: int | None) -> list[int]:
+        """Where the shards are wanted that the targets are for, as `acquire` takes it."""
+        shards = self.layout.shards
+        if isinstance(targets, list) or (shard is None and shards > 1):
+            return []
+        assert self.copier is not None, "found with the buffers"
+        session = self.client.session(time.monotonic() + self.client.timeout_s)
+        part = self.copier.part(session, targets.device)
+        if part is None:
+            return []
+        return [part.index if at == (shard or 0) else NO_GPU for at in range(shards)]
 
     def _acquire(
         self,

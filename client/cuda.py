@@ -20,11 +20,13 @@ from kvstore.client.arena import Arena
 from kvstore.client.cuda_buffers import LEGACY_STREAM, DeviceBuffers, device_buffers
 from kvstore.client.cuda_device import CupyPlatform, Platform
 from kvstore.client.cuda_fragments import Direction, Fragments, Way, plan
+from kvstore.client.cuda_parts import Near, Part, Parts
 from kvstore.client.cuda_setup import PIECE_BYTES, Abilities, Registration
 from kvstore.client.cuda_transfer import DeviceState, Transfer
 from kvstore.errors import InvalidBlock, KVStoreError
 
 if TYPE_CHECKING:
+    from kvstore.client.client import Session
     from kvstore.client.grant import Grant
     from kvstore.client.reservation import Reservation
 
@@ -63,6 +65,7 @@ class Copier:
         self._registrations: dict[Arena, Registration] = {}
         self._late: list[tuple[Transfer, Callable[[], object]]] = []
         self._reaping = False
+        self._parts = Parts()
         self._told: dict[str, float] = {}
 
     def store(
@@ -99,16 +102,22 @@ class Copier:
         deadline: float,
         streams: Sequence[int] = (LEGACY_STREAM,),
         keep: Any = None,
+        near: Near | None = None,
     ) -> bool:
         """Copy granted blocks to a device and release the grant. False: throw the copy away.
 
-        Parameters as of `store`. After a copy that was too late, what the engine gives to these
-        streams waits until the device does not write there any more.
+        Parameters as of `store`; `near` are blocks of the grant that are on the device. After a
+        copy that was too late, what the engine gives to these streams waits until the device does
+        not write there any more.
         """
         arena, undo = grant.places.arena, grant.release
-        if not self._copied(arena, fragments, Direction.LOAD, streams, keep, deadline, undo):
+        if not self._copied(arena, fragments, Direction.LOAD, streams, keep, deadline, undo, near):
             return False
         return grant.release()
+
+    def part(self, session: Session, device: int) -> Part | None:
+        """The daemon's part of this device's memory, if it has one that can be opened."""
+        return self._parts.find(session, self._state(device).device)
 
     def begin(
         self,
@@ -118,6 +127,7 @@ class Copier:
         *,
         streams: Sequence[int] = (LEGACY_STREAM,),
         keep: Any = None,
+        near: Near | None = None,
     ) -> Transfer:
         """Begin a copy and do not wait for it; `finish` must follow.
 
@@ -141,6 +151,8 @@ class Copier:
                     batches=can.batches,
                     gathers=can.gathers and state.device.gathers and registration.unified,
                 )
+                if near is not None:
+                    steps += near.steps(arena.address, batches=can.batches)
                 transfer = Transfer(state, registration, direction, steps, streams, keep)
             except BaseException:
                 registration.leave()
@@ -198,10 +210,13 @@ class Copier:
         keep: Any,
         deadline: float,
         undo: Callable[[], object],
+        near: Near | None = None,
     ) -> bool:
         """Whether the copy was made in time; else `undo` is called as soon as it may be."""
         try:
-            transfer = self.begin(arena, fragments, direction, streams=streams, keep=keep)
+            transfer = self.begin(
+                arena, fragments, direction, streams=streams, keep=keep, near=near
+            )
         except Exception as error:  # nothing was given to the device
             undo()
             if isinstance(error, KVStoreError):

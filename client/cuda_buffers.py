@@ -14,6 +14,7 @@ import numpy as np
 
 from kvstore.client.cuda_device import Platform
 from kvstore.client.cuda_fragments import Fragments
+from kvstore.client.cuda_parts import Near, Part
 from kvstore.client.places import Places
 from kvstore.errors import InvalidBlock
 
@@ -35,6 +36,20 @@ class DeviceBuffers:
         size = layout.block_bytes if shard is None else layout.shard_bytes
         skip = 0 if shard is None else shard * layout.shard_bytes
         return Fragments.of_blocks(self.device, places.offsets, self.addresses[which], [size], skip)
+
+    def split(
+        self, fragments: Fragments, copies: Sequence[int | None], part: Part | None
+    ) -> tuple[Fragments, Near | None]:
+        """The fragments that come from the arena, and those that have a copy on the device."""
+        found = [at for at, offset in enumerate(copies) if offset is not None]
+        if part is None or not found:
+            return fragments, None
+        sources = np.array([copies[at] for at in found], np.int64) + part.address
+        near = Near(fragments.addresses[found], sources, fragments.lengths[found])
+        far = np.ones(len(fragments), bool)
+        far[found] = False
+        rest = fragments.addresses[far], fragments.offsets[far], fragments.lengths[far]
+        return Fragments(self.device, *rest), near
 
 
 def device_buffers(

@@ -64,6 +64,7 @@ class Device(Protocol):
     the first group is called between `current` and its end, and raises when the device fails."""
 
     number: int
+    bus: str  # its PCI address
     batches: bool  # whether `batch` can be called
     gathers: bool  # whether `gather` can be; `prepare` finds out
 
@@ -75,6 +76,12 @@ class Device(Protocol):
 
     def unregister(self, address: int) -> None:
         """The end of what was registered at that address."""
+
+    def open(self, handle: bytes) -> int:
+        """Where memory of this device begins here that another process shares."""
+
+    def shut(self, address: int) -> None:
+        """The end of what was opened at that address."""
 
     def reaches(self, address: int) -> bool:
         """Whether kernels find registered host memory at the host's own address."""
@@ -243,6 +250,7 @@ class CupyDevice:
         self._runtime = cupy.cuda.runtime
         self._driver = driver
         self._context = driver.context(number)
+        self.bus = str(self._runtime.deviceGetPCIBusId(number)).lower()
         self._kernel: Any = None
         self._events: deque[int] = deque()  # handles that nobody uses
         self._tables: dict[int, Any] = {}  # of each stream, in memory of the device
@@ -267,6 +275,14 @@ class CupyDevice:
     def unregister(self, address: int) -> None:
         """See Device."""
         self._runtime.hostUnregister(address)
+
+    def open(self, handle: bytes) -> int:
+        """See Device."""
+        return int(self._runtime.ipcOpenMemHandle(handle, 1))  # peers are enabled when needed
+
+    def shut(self, address: int) -> None:
+        """See Device."""
+        self._runtime.ipcCloseMemHandle(address)
 
     def reaches(self, address: int) -> bool:
         """See Device."""

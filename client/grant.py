@@ -30,7 +30,7 @@ class Grant:
 
     def __init__(self, client: Client, session: Session, layout: Layout, reply: Any) -> None:
         self._client = client
-        self._session = session
+        self.session = session
         self._layout = layout
         self._reply = reply
         self._lease: int = reply.lease
@@ -65,7 +65,7 @@ class Grant:
     @functools.cached_property
     def places(self) -> Places:
         """Where the blocks are."""
-        return Places(self._session.arena, self._layout, self._reply.offsets)
+        return Places(self.session.arena, self._layout, self._reply.offsets)
 
     def __enter__(self) -> Grant:
         return self
@@ -102,7 +102,7 @@ class Grant:
         """
         if self._held is None:
             deadline = time.monotonic() + self._client.timeout_s
-            self._held = self._session.transport.release(self._lease, deadline)
+            self._held = self.session.transport.release(self._lease, deadline)
         return self._held
 
 

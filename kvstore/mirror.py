@@ -22,7 +22,7 @@ from kvstore.orders import Move, MoveKind, Outcome
 from kvstore.room import Room
 from kvstore.scrub import Scrub
 from kvstore.slots import Slots
-from kvstore.types import DRAM, HBM, SLOT_ALIGNMENT, slot_bytes_of
+from kvstore.types import DRAM, HBM, NO_GPU, SLOT_ALIGNMENT, slot_bytes_of
 
 CLIMBS_MAX = 64  # copies under way to one device
 LOOKED_AT_MAX = 64  # blocks passed over while looking for one that may go
@@ -86,7 +86,7 @@ class Mirror:
                 "for each shard, or none"
             )
         for number in devices:
-            if number >= len(self.devices):
+            if len(self.devices) <= number != NO_GPU:
                 raise InvalidRequest(
                     f"device {number} of {len(self.devices)}: they count from 0, as Attach told"
                 )
@@ -96,7 +96,7 @@ class Mirror:
     def mark(self, lease: ReadLease) -> None:
         """Of the blocks that were found in DRAM, those that are on the lease's devices count as
         found in HBM. They stay there while the lease lasts."""
-        wanted = self._wanted(lease)
+        wanted = [seats for seats in self._wanted(lease) if seats is not None]
         if wanted:
             lease.tiers = bytes(
                 HBM if tier == DRAM and all(seats.has(block) for seats in wanted) else tier
@@ -105,27 +105,28 @@ class Mirror:
 
     def offsets(self, lease: ReadLease) -> bytes:
         """Where the copies are: for each block and shard 8 bytes, NO_OFFSET where the block counts
-        as found elsewhere; nothing at all when there is none."""
+        as found elsewhere, or the shard is wanted on no device; nothing when there is no copy."""
         if not lease.tiers.count(HBM):
             return b""
-        wanted = [self.devices[number].page_of for number in lease.devices]
+        wanted = self._wanted(lease)
         return array(
             "Q",
             [
-                pages[block] * SLOT_ALIGNMENT if tier == HBM else NO_OFFSET
+                seats.page_of[block] * SLOT_ALIGNMENT if tier == HBM and seats else NO_OFFSET
                 for block, tier in zip(lease.blocks, lease.tiers, strict=True)
-                for pages in wanted
+                for seats in wanted
             ],
         ).tobytes()
 
-    def _wanted(self, lease: ReadLease) -> list[Seats]:
-        """The lease's devices in the order of its shards; none where one does not serve it."""
-        seats = [self.devices[number] for number in lease.devices]
+    def _wanted(self, lease: ReadLease) -> list[Seats | None]:
+        """The lease's devices in the order of its shards; nothing where one does not serve it."""
+        wanted = [None if at == NO_GPU else self.devices[at] for at in lease.devices]
         number = lease.entry.number
         served = all(
-            one.ok and one.shard_of.get(number) == shard for shard, one in enumerate(seats)
+            one is None or (one.ok and one.shard_of.get(number) == shard)
+            for shard, one in enumerate(wanted)
         )
-        return seats if served else []
+        return wanted if served else []
 
     # -- climbing ------------------------------------------------------------------------------
 
@@ -136,6 +137,8 @@ class Mirror:
         for block in lease.blocks:
             flags[block] |= HIT if flags[block] & READY else 0
         for shard, number in enumerate(devices):
+            if number == NO_GPU:
+                continue
             seats = self.devices[number]
             if not seats.ok or seats.shard_of.setdefault(entry.number, shard) != shard:
                 continue

@@ -22,6 +22,7 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 # A tier's number on the wire is its place in this tuple.
 TIERS = ("hbm", "dram", "nvme")
 HBM, DRAM, NVME = range(3)
+NO_GPU = 0xFFFFFFFF  # in a list of GPUs by shard: this shard is wanted on none
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

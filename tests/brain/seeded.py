@@ -11,6 +11,7 @@ from kvstore.limits import Limits
 from kvstore.orders import Outcome
 from kvstore.placement import PlacementConfig
 from kvstore.policies import FAMILIES
+from kvstore.types import NO_GPU
 from tests.brain.books import Reader
 from tests.brain.world import KEYS, PAGE, SHAPES, World, key_of
 
@@ -213,7 +214,9 @@ class Seeded:
         if devices and self.chance.random() < 0.7:
             shards = self.world.entries[layout].layout.shards
             at_random = [self.chance.randrange(devices) for _ in range(shards)]
-            wanted = self._pick((at_random, [shard % devices for shard in range(shards)]))
+            in_order = [shard % devices for shard in range(shards)]
+            mine = [NO_GPU] * (shards - 1) + [0]  # one rank's
+            wanted = self._pick((at_random, in_order, mine))
         self.world.acquire(
             self._pick(self.world.sessions),
             layout,

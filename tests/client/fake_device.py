@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import dataclasses
 import itertools
+import mmap
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 from kvstore.client import Cache
 from kvstore.client.cuda import Copier
 from kvstore.client.cuda_fragments import Way
+from kvstore.mapping import address_of_map
 from kvstore.types import MIB
 from tests.e2e.harness import content, hashes, wait_for
 
@@ -77,6 +79,8 @@ class FakeDevice:
 
     def __init__(self, number: int = 0) -> None:
         self.number = number
+        self.bus = f"0000:{number:02x}:00.0"
+        self.opened: dict[int, mmap.mmap] = {}  # parts of other processes, by address
         self.batches = True
         self.gathers = False
         self.broken = ""  # why every call fails from now on
@@ -163,6 +167,21 @@ class FakeDevice:
         with self._lock:
             assert not self._in_use, "registered memory is taken back under a copy"
             del self.registered[address]
+
+    def open(self, handle: bytes) -> int:
+        """See Device. The other process has made a file of its memory."""
+        self.check()
+        with open(handle.decode(), "r+b") as file:
+            memory = mmap.mmap(file.fileno(), 0)
+        address = address_of_map(memory)
+        self.opened[address] = memory
+        return address
+
+    def shut(self, address: int) -> None:
+        """See Device."""
+        self.check()
+        assert not self._in_use, "memory is given back under a copy"
+        del self.opened[address]
 
     def reaches(self, address: int) -> bool:
         """See Device."""

@@ -1,0 +1,1 @@
+"""The vLLM connector against real engines: run with `python -m tests.vllm_store`."""
