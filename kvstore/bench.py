@@ -304,7 +304,11 @@ def _nvme(folder: Path, rounds: int, quick: bool, digest: Any) -> list[Figure]:
     spills, reloads, writes, reads = [], [], [], []
     try:
         with private_daemon(
-            folder, dram_bytes=768 * MIB, nvme_bytes=1024 * MIB, slab_bytes=SLAB
+            folder,
+            dram_bytes=768 * MIB,
+            nvme_bytes=1024 * MIB,
+            slab_bytes=SLAB,
+            policy="lru",  # others may keep in memory what is to be read from the device
         ) as daemon:
             client = daemon.connect()
             cache = client.open(_layout("nvme", BLOCK))

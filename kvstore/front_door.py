@@ -171,7 +171,7 @@ class FrontDoor:
                 started = time.monotonic()
                 reply = self._service.handle(attached.session, verb, request, answer)
                 long = may_be_long(verb, size)
-                self._share.took(attached.session, started, time.monotonic(), long=long)
+                self._share.took(started, time.monotonic(), long=long)
                 self._loop.call_soon(self._service.settle)
                 if reply is None:
                     reply = await self._late(attached, verb, late)
@@ -209,7 +209,7 @@ class FrontDoor:
     async def _turn(self, attached: _Attached, verb: int, request_bytes: int) -> None:
         """Wait until the request may be carried out."""
         long, bucket = may_be_long(verb, request_bytes), attached.session.bucket
-        while pause_s := self._share.wait_s(attached.session, bucket, long=long):
+        while pause_s := self._share.wait_s(bucket, long=long):
             await asyncio.sleep(pause_s)  # nobody tells: it is time that is due
             if attached.ended:
                 raise SessionLost("the session has ended: call Attach again")

@@ -112,7 +112,7 @@ class Hatch:
             return
         started = time.monotonic()
         self._accept_one()
-        self.share.took(self, started, time.monotonic())
+        self.share.took(started, time.monotonic())
 
     def _accept_one(self) -> None:
         try:
@@ -234,7 +234,7 @@ class Connection:
         if self._more or self._receive():
             self._carry_out(started)
             self._hatch.busy_poll.served()
-        self._share.took(self, started, time.monotonic(), long=self._long)
+        self._share.took(started, time.monotonic(), long=self._long)
 
     def _receive(self) -> bool:
         """Whether something came."""
@@ -280,7 +280,7 @@ class Connection:
     def _must_wait(self, verb: int, length: int, started: float | None) -> bool:
         """Whether the next request has to wait. It is arranged that its turn comes."""
         long = may_be_long(verb, length)
-        pause_s = 0.0 if self._ending else self._share.wait_s(self, self._bucket, long=long)
+        pause_s = 0.0 if self._ending else self._share.wait_s(self._bucket, long=long)
         if pause_s:
             self._waiting = True
             self._loop.call_later(pause_s, self._share.later, self._resume)

@@ -4,8 +4,8 @@ Three things hold it back, each only when it matters:
 
     turn      a connection carries requests out for TURN_S, then its next ones go behind the others
     round     a tenant's connections have ROUND_S, then the loop looks at everybody else's
-    debt      single requests that take longer than a turn cannot be cut in two; while others are
-              about, a tenant's may use LONG_PART of the time, and further long ones wait
+    debt      single requests that take longer than a turn cannot be cut in two; while other tenants
+              are about, a tenant's may use LONG_PART of the time, and further long ones wait
 
 And two buckets, of the session and of the tenant, say how many requests are read a second.
 """
@@ -25,9 +25,9 @@ ROUND_S = 0.0004
 LONG_PART = 0.25
 LONG_S = 0.05  # of long requests at once, before they wait
 DEBT_S_MAX = 0.25
-CONTENDED_S = 0.05  # others count as being about for so long after a turn of theirs
+CONTENDED_S = 0.05  # other tenants count as being about for so long after a turn of theirs
 LONG_TURN_S = 0.002  # a turn of this length was a long one, whatever was in it
-LARGE_BYTES = 8_192  # requests of this size may take long
+LARGE_BYTES = 32_768  # requests of this size, a thousand keys, may take long
 LONG_VERBS = (pb.CLEAR, pb.VERIFY)  # they look at every block
 PAUSE_S_MAX = 1.0  # then it is looked again, with the limits of that time
 
@@ -38,7 +38,7 @@ def may_be_long(verb: int, request_bytes: int) -> bool:
 
 
 class Turns:
-    """One for each loop: who was served last, and when somebody else was."""
+    """One for each loop: which tenant was served last, and when another one was."""
 
     def __init__(self) -> None:
         self._last: object = None
@@ -100,11 +100,11 @@ class Share:
             if queue:
                 self._loop.call_soon(self._round)
 
-    def took(self, who: object, started: float, now: float, *, long: bool = False) -> None:
+    def took(self, started: float, now: float, *, long: bool = False) -> None:
         """A turn has ended; `long` says that there was a request in it that may take long."""
         used = now - started
         self._spent += used
-        self._turns.taken(who, now)
+        self._turns.taken(self, now)
         if used > (TURN_S if long else LONG_TURN_S):
             self._debt = min(DEBT_S_MAX, self._owed(now) + used - TURN_S)
 
@@ -114,7 +114,7 @@ class Share:
         bucket.left -= price
         self.bucket.left -= price
 
-    def wait_s(self, who: object, bucket: Bucket, *, long: bool) -> float:
+    def wait_s(self, bucket: Bucket, *, long: bool) -> float:
         """How long the next request has to wait, at most PAUSE_S_MAX; then ask again."""
         if bucket.left >= 0 and self.bucket.left >= 0 and not long:
             return 0.0
@@ -124,7 +124,7 @@ class Share:
             "requests_per_s_tenant": self.bucket.wait_s(limits.requests_per_s_tenant, now),
             "long_requests": 0.0,
         }
-        if long and self._turns.contended(who, now):
+        if long and self._turns.contended(self, now):
             waits["long_requests"] = max(0.0, self._owed(now) - LONG_S) / LONG_PART
         limit = max(waits, key=waits.__getitem__)
         if waits[limit]:

@@ -47,7 +47,7 @@ def test_a_tenant_with_much_to_do_goes_round_by_round(loop: Loop) -> None:
     def turn(name: str, of: Share) -> Callable[[], None]:
         def go() -> None:
             went.append(name)
-            of.took(name, 0.0, ROUND_S * 0.4)
+            of.took(0.0, ROUND_S * 0.4)
 
         return go
 
@@ -98,23 +98,23 @@ def test_long_requests_wait_while_others_are_about(loop: Loop) -> None:
     hostile, honest = share_of(loop, turns), share_of(loop, turns)
     now = time.monotonic()
     for _ in range(40):
-        hostile.took("hostile", now - 0.025, now, long=True)
-    assert hostile.wait_s("hostile", Bucket(), long=True) == 0.0, "alone, it may go on"
-    honest.took("honest", now, time.monotonic())
-    wait_s = hostile.wait_s("hostile", Bucket(), long=True)
+        hostile.took(now - 0.025, now, long=True)
+    assert hostile.wait_s(Bucket(), long=True) == 0.0, "alone, it may go on"
+    honest.took(now, time.monotonic())
+    wait_s = hostile.wait_s(Bucket(), long=True)
     assert wait_s == pytest.approx((DEBT_S_MAX - LONG_S) / LONG_PART, abs=0.3)
     assert hostile._limited == {"long_requests": 1}
-    assert hostile.wait_s("hostile", Bucket(), long=False) == 0.0, "short ones do not wait"
-    assert honest.wait_s("honest", Bucket(), long=True) == 0.0, "others' debts are not its own"
+    assert hostile.wait_s(Bucket(), long=False) == 0.0, "short ones do not wait"
+    assert honest.wait_s(Bucket(), long=True) == 0.0, "others' debts are not its own"
 
 
 def test_a_few_long_requests_do_not_wait(loop: Loop) -> None:
     turns = Turns()
     share = share_of(loop, turns)
     now = time.monotonic()
-    share_of(loop, turns).took("honest", now, now)
-    share.took("engine", now - LONG_S / 2, now, long=True)
-    assert share.wait_s("engine", Bucket(), long=True) == 0.0
+    share_of(loop, turns).took(now, now)
+    share.took(now - LONG_S / 2, now, long=True)
+    assert share.wait_s(Bucket(), long=True) == 0.0
 
 
 def test_what_is_long() -> None:
@@ -133,7 +133,7 @@ def test_what_is_long() -> None:
 def test_who_asks_too_fast_waits(loop: Loop, limits: dict[str, int], limit: str) -> None:
     share, bucket = share_of(loop, None, **limits), Bucket()
     for _ in range(12):
-        assert share.wait_s("fast", bucket, long=False) == 0.0
+        assert share.wait_s(bucket, long=False) == 0.0
         share.paid(bucket, 0)
-    assert 0.0 < share.wait_s("fast", bucket, long=False) <= 0.3
+    assert 0.0 < share.wait_s(bucket, long=False) <= 0.3
     assert share._limited == {limit: 1}
