@@ -184,16 +184,21 @@ class Cache:
         deadline_s: float = DEADLINE_S,
         prefill_tokens_per_s: float | None = None,
         gpus: Sequence[int] = (),
+        poll: bool = False,
     ) -> Grant:
         """The right to read the longest prefix that is resident, or is loaded within the deadline.
 
         With deadline_s 0, what is in memory now; loads of what follows are ordered all the same.
 
+        poll        with deadline_s 0: the caller asks again for what is on its way ("pending"), and
+                    it is counted then, not now
         gpus        for each shard the GPU on which it is wanted, as a place in `client.gpus`, or
                     NO_GPU: what is asked for again is copied there, see `Grant.copies`
         """
         check_keys(hashes)
-        return self._acquire(hashes, _wait_s(deadline_s), prefill_tokens_per_s, 0, gpus=gpus)
+        return self._acquire(
+            hashes, _wait_s(deadline_s), prefill_tokens_per_s, 0, gpus=gpus, poll=poll
+        )
 
     def prefetch(self, hashes: Sequence[bytes]) -> int:
         """Bring blocks of the resident prefix up into memory, without waiting; how many must be."""
@@ -380,6 +385,7 @@ class Cache:
         *,
         skip: int = 0,
         gpus: Sequence[int] = (),
+        poll: bool = False,
     ) -> Grant:
         session, reply = self._ask(
             pb.ACQUIRE,
@@ -392,6 +398,7 @@ class Cache:
             enough=enough,
             skip=skip,
             gpus=gpus,
+            poll=poll,
         )
         return Grant(self.client, session, self.layout, reply)
 

@@ -278,8 +278,10 @@ class KVStoreManager(OffloadingManager):  # type: ignore[misc]
     def _acquire(
         self, cache: Cache, keys: list[bytes], skip: int, deadline_s: float
     ) -> Grant | None:
+        poll = not deadline_s and self.load_deadline_s > 0  # then it is asked for again
         return self.guard.ask(
-            lambda: cache._acquire(keys, deadline_s, self.tokens_per_s, 0, skip=skip), None
+            lambda: cache._acquire(keys, deadline_s, self.tokens_per_s, 0, skip=skip, poll=poll),
+            None,
         )
 
     def _keep(self, known: _Request, grant: Grant, keys: list[bytes]) -> None:

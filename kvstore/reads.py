@@ -47,10 +47,12 @@ class Reads:
         tokens_per_s: float = 0.0,
         context: Sequence[bytes] = (),
         devices: Sequence[int] = (),
+        poll: bool = False,
     ) -> ReadLease:
         """A read lease on the longest prefix that is in DRAM or can be brought there. `context` are
         keys that the list continues; they are not asked for. `devices` name the GPU that each shard
-        is wanted on, by its number in the tier.
+        is wanted on, by its number in the tier. With `poll` the caller, who does not wait, asks
+        again for what is on its way.
 
         When `lease.answered` is true the answer is final; else it comes among `orders.answers`, or
         from `cut`. A lease answered without blocks is over already. With `wait`, one that is
@@ -80,7 +82,9 @@ class Reads:
         lease.stop = END if len(keys) == asked else NO_ROOM
         if lease.ready < len(keys):
             seen |= FRESH
-            self._climb(lease, keys, now, wait=wait, tokens_per_s=tokens_per_s)
+            self._climb(lease, keys, now, tokens_per_s=tokens_per_s)
+            if not wait and lease.ready < len(lease.blocks):
+                self._shorten(lease, lease.ready, PENDING if poll else LATE)
         lease.tiers = self._tiers(blocks) if seen & FRESH else b"\1" * len(blocks)
         lease.enough = min(enough or len(blocks), len(blocks))
         session.leases[lease.number] = lease
@@ -167,7 +171,6 @@ class Reads:
         keys: Sequence[bytes],
         now: float,
         *,
-        wait: bool,
         tokens_per_s: float,
     ) -> None:
         """Lengthen a lease by blocks that are not in DRAM: order or join their loads."""
@@ -197,8 +200,6 @@ class Reads:
                 self._waiting.setdefault(block, []).append(lease)
         lease.blocks += chain
         self._advance(lease)
-        if not wait and lease.ready < len(lease.blocks):
-            self._shorten(lease, lease.ready, LATE)
 
     def _load(self, lease: ReadLease, chain: list[int], held: list[int], now: float) -> None:
         """Order or join the loads of a chain, and cut it where no more fits."""

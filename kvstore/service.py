@@ -424,6 +424,7 @@ class Service:
             tokens_per_s=request.prefill_tokens_per_s,
             context=keys[:skip],
             devices=request.gpus,
+            poll=request.poll,
         )
         if lease.parked:
             return None

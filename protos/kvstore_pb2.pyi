@@ -232,20 +232,22 @@ class AbortReply(_message.Message):
     def __init__(self, held: bool = ...) -> None: ...
 
 class AcquireRequest(_message.Message):
-    __slots__ = ("keys", "deadline_s", "prefill_tokens_per_s", "enough", "skip", "gpus")
+    __slots__ = ("keys", "deadline_s", "prefill_tokens_per_s", "enough", "skip", "gpus", "poll")
     KEYS_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     ENOUGH_FIELD_NUMBER: _ClassVar[int]
     SKIP_FIELD_NUMBER: _ClassVar[int]
     GPUS_FIELD_NUMBER: _ClassVar[int]
+    POLL_FIELD_NUMBER: _ClassVar[int]
     keys: Keys
     deadline_s: float
     prefill_tokens_per_s: float
     enough: int
     skip: int
     gpus: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, keys: _Optional[_Union[Keys, _Mapping]] = ..., deadline_s: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., enough: _Optional[int] = ..., skip: _Optional[int] = ..., gpus: _Optional[_Iterable[int]] = ...) -> None: ...
+    poll: bool
+    def __init__(self, keys: _Optional[_Union[Keys, _Mapping]] = ..., deadline_s: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., enough: _Optional[int] = ..., skip: _Optional[int] = ..., gpus: _Optional[_Iterable[int]] = ..., poll: bool = ...) -> None: ...
 
 class AcquireReply(_message.Message):
     __slots__ = ("lease", "length", "tiers", "offsets", "stop", "estimate_s", "copies")

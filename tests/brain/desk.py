@@ -104,6 +104,7 @@ class Desk:
         wait: bool = True,
         enough: int = 0,
         tokens_per_s: float = 0.0,
+        poll: bool = False,
     ) -> ReadLease:
         lease = self.store.acquire(
             self.client,
@@ -113,6 +114,7 @@ class Desk:
             wait=wait,
             enough=enough,
             tokens_per_s=tokens_per_s,
+            poll=poll,
         )
         self.look()
         return lease

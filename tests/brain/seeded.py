@@ -226,6 +226,7 @@ class Seeded:
             tokens_per_s=self._pick(SPEEDS),
             context=context,
             devices=wanted,
+            poll=self.chance.random() < 0.3,
         )
 
     def _cut(self) -> None:

@@ -113,6 +113,18 @@ def test_a_prefetch_is_joined_and_counts_as_a_hit_on_nvme() -> None:
     assert lease.answered and lease.tiers == b"\2\2" and desk.counters.nvme.promoted == 2
 
 
+def test_what_is_polled_for_is_counted_once() -> None:
+    """Two answers to one request for blocks that come up: a miss first, and then hits."""
+    desk = stored_below()
+    entry = desk.layout()
+    lease = desk.acquire(entry, 0, 1, wait=False, poll=True)
+    assert (lease.stop, lease.ready) == (PENDING, 0) and desk.kinds() == [LOAD, LOAD]
+    assert (desk.counters.asked, desk.counters.miss) == (0, 0)
+    desk.finish_all()
+    assert desk.acquire(entry, 0, 1).ready == 2
+    assert (desk.counters.asked, desk.counters.hit, desk.counters.miss) == (2, 2, 0)
+
+
 def test_who_does_not_wait_gets_what_is_there() -> None:
     desk = stored_below()
     entry = desk.layout()

@@ -223,6 +223,7 @@ class World(Books):
         tokens_per_s: float = 0.0,
         context: Sequence[bytes] = (),
         devices: Sequence[int] = (),
+        poll: bool = False,
     ) -> Reader | None:
         entry = self.entries[number]
         head = [key for key in context if self.store.lookup(entry, [key]) == b"\1"]
@@ -240,6 +241,7 @@ class World(Books):
                 tokens_per_s=tokens_per_s,
                 context=context,
                 devices=devices,
+                poll=poll,
             )
         except LimitExceeded:
             assert len(session.leases) == self.store.limits.leases_per_session
