@@ -36,7 +36,8 @@ from vllm.v1.kv_offload.base import (
 )
 
 from kvstore.client.guard import Guard
-from kvstore.client.vllm_manager import COUNTERS, Group, KVStoreManager
+from kvstore.client.vllm_manager import COUNTERS, KVStoreManager
+from kvstore.client.vllm_requests import Group
 from kvstore.client.vllm_worker import KVStoreWorker, Sessions, make_worker
 from kvstore.types import TEXT_BYTES_MAX, Layout
 

@@ -9,7 +9,6 @@ two threads.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 import logging
@@ -34,15 +33,17 @@ from kvstore.client.client import Session
 from kvstore.client.grant import Grant
 from kvstore.client.guard import Guard
 from kvstore.client.reservation import Reservation
+from kvstore.client.vllm_requests import Group, Known, Moving
 from kvstore.client.vllm_waiting import Awaited, Thread
 from kvstore.client.vllm_worker import Transfer
 from kvstore.protos import kvstore_pb2 as pb
-from kvstore.types import KEYS_PER_CALL_MAX, Layout
+from kvstore.types import Layout
 
 HOLD_S = 5.0  # what a request was granted and does not use is given back after so long
 LATE_S = 0.1  # beyond a deadline, for the answer to arrive
 WINDOW_TRIES = 4  # calls to find a sliding window's blocks
 WINDOW_MORE = 2  # blocks beyond the window: vLLM may round it up
+ASKED_AT_ONCE = 2  # requests for which a step waits for the daemon's answer; more wait a step
 COMING = (pb.AcquireReply.PENDING, pb.AcquireReply.LATE)  # the next block is on its way into memory
 
 COUNTERS = {
@@ -57,53 +58,6 @@ COUNTERS = {
 HIT, MISS = LookupResult.HIT, LookupResult.MISS  # for each key of each request: every step counts
 
 log = logging.getLogger("kvstore")
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """A KV cache group of the engine.
-
-    number        vLLM's, which stands at the end of each key
-    chunk_tokens  tokens of a chunk, the unit that is stored
-    chunk_hashes  of the engine's block hashes; the last of them is the chunk's
-    window        chunks that a sliding window needs; None: full attention
-    """
-
-    number: int
-    chunk_tokens: int
-    chunk_hashes: int
-    window: int | None
-
-    def keys(self, hashes: Sequence[bytes]) -> list[bytes]:
-        """vLLM's keys of the chunks of a request."""
-        end = self.number.to_bytes(4, "big")
-        each = self.chunk_hashes
-        return [one + end for one in hashes[each - 1 : KEYS_PER_CALL_MAX * each : each]]
-
-
-class _Request:
-    """What is known of one request of the engine."""
-
-    def __init__(self) -> None:
-        self.request: Any = None  # vLLM's
-        self.asked_at: float | None = None
-        self.first: list[int] = []  # chunks that were computed when it was asked, of each group
-        self.found: dict[bytes, int] = {}  # key -> where its slot starts in the arena
-        self.grants: list[Grant] = []
-        self.session: Session | None = None
-        self.awaited: Awaited | None = None
-        self.load_failed = False  # it is not asked for again
-
-
-@dataclasses.dataclass
-class _Moving:
-    """A transfer that workers are about: what it holds, and how many have not reported yet."""
-
-    owner: _Request
-    held: list[Grant] | list[Reservation]
-    stored: bool
-    missing: int
-    failed: bool = False
 
 
 class KVStoreManager(OffloadingManager):  # type: ignore[misc]
@@ -131,11 +85,14 @@ class KVStoreManager(OffloadingManager):  # type: ignore[misc]
         self.counts: Counter[str] = Counter()  # what has happened since `get_stats` was last asked
         self._caches: list[Cache] = []  # of each group
         self._by_number = {group.number: at for at, group in enumerate(groups)}
-        self._requests: dict[str, _Request] = {}
-        self._moving: dict[int, _Moving] = {}
+        self._requests: dict[str, Known] = {}
+        self._moving: dict[int, Moving] = {}
         self._numbers = itertools.count(1)
         self._swept = 0.0
         self._reported: Counter[str] = Counter()
+        self._asked = 0  # requests, in this step
+        self._later: list[Awaited] = []  # to be asked for after it
+        self._asking = Thread("kvstore-ask")
         self._loading = Thread("kvstore-await")
         self._ending = Thread("kvstore-end")
 
@@ -147,7 +104,7 @@ class KVStoreManager(OffloadingManager):  # type: ignore[misc]
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         """A request has come."""
-        self._requests[req_context.req_id] = _Request()
+        self._requests[req_context.req_id] = Known()
         return RequestOffloadingContext()
 
     def begin(self, request: Any) -> None:
@@ -177,7 +134,7 @@ class KVStoreManager(OffloadingManager):  # type: ignore[misc]
         known = self._requests.get(req_context.req_id)
         return HIT if known is not None and key in known.found else MISS
 
-    def _holds(self, known: _Request, computed: int) -> bool:
+    def _holds(self, known: Known, computed: int) -> bool:
         """Whether what was asked before is still of use."""
         assert known.asked_at is not None
         lost = known.session is not None and known.session.transport.dead is not None
@@ -188,7 +145,7 @@ class KVStoreManager(OffloadingManager):  # type: ignore[misc]
         )
         return not (lost or old or earlier)
 
-    def _arrived(self, known: _Request) -> bool:
+    def _arrived(self, known: Known) -> bool:
         """Take what was awaited, when it is there, and go on with what follows from it."""
         while known.awaited is not None:
             awaited = known.awaited
@@ -204,19 +161,20 @@ class KVStoreManager(OffloadingManager):  # type: ignore[misc]
             awaited.then()
         return True
 
-    def _ask_full(self, known: _Request, at: int = 0) -> None:
+    def _ask_full(self, known: Known, at: int = 0) -> None:
         """The prefix in each group of full attention from the `at`-th on; then windows."""
         for group_at in range(at, len(self.groups)):
             group = self.groups[group_at]
             if group.window is not None:
                 continue
-            keys = group.keys(known.request.block_hashes)
+            hashes = known.request.block_hashes
+            keys, count = functools.partial(group.keys, hashes), group.count(hashes)
             then = functools.partial(self._ask_full, known, group_at + 1)
-            if not self._ask(known, group_at, keys, known.first[group_at], then):
+            if not self._ask(known, group_at, keys, count, known.first[group_at], then):
                 return  # it is awaited, and goes on then
         self._ask_windows(known)
 
-    def _ask_windows(self, known: _Request) -> None:
+    def _ask_windows(self, known: Known) -> None:
         """For each sliding window the chunks at its end, last first: those that are needed to go on
         behind the prefix that was found."""
         windows = [at for at, group in enumerate(self.groups) if group.window is not None]
@@ -230,7 +188,7 @@ class KVStoreManager(OffloadingManager):  # type: ignore[misc]
                 end = min(end, (known.first[at] + sum(1 for _ in chunks)) * group.chunk_tokens)
         self._ask_window(known, windows, end, WINDOW_TRIES)
 
-    def _ask_window(self, known: _Request, windows: list[int], end: int, tries: int) -> None:
+    def _ask_window(self, known: Known, windows: list[int], end: int, tries: int) -> None:
         """The first of these windows that ends at `end` tokens or, failing that, before."""
         if not windows or not tries:
             return
@@ -251,27 +209,74 @@ class KVStoreManager(OffloadingManager):  # type: ignore[misc]
             else:  # the gap rules out every window that reaches over it
                 self._ask_window(known, windows, (last - got - 1) * group.chunk_tokens, tries - 1)
 
-        if self._ask(known, at, wanted, 0, then):
+        if self._ask(known, at, lambda: wanted, len(wanted), 0, then):
             then()
 
     def _ask(
-        self, known: _Request, at: int, keys: list[bytes], skip: int, then: Callable[[], None]
+        self,
+        known: Known,
+        at: int,
+        make_keys: Callable[[], list[bytes]],
+        count: int,
+        skip: int,
+        then: Callable[[], None],
     ) -> bool:
-        """Ask for these chunks behind the first `skip`. False: some are on their way into memory,
-        and `then` is to be done when they are there, or late."""
-        if skip >= len(keys):
+        """Ask for so many chunks, but for the first `skip`. False: the answer, or some of them, are
+        on their way, and `then` is to be done when they are there, or late."""
+        if skip >= count:
             return True
-        acquire = functools.partial(self._acquire, self._caches[at], keys)
-        grant = acquire(skip, 0.0)
-        if grant is None:
-            return True
-        self._keep(known, grant, keys[skip:])
-        if grant._reply.stop not in COMING or not self.load_deadline_s:
+        if self._asked >= ASKED_AT_ONCE:
+            self._ask_later(known, at, make_keys, skip, then)
+            return False
+        self._asked += 1
+        keys = make_keys()
+        grant = self._acquire(self._caches[at], keys, skip, 0.0)
+        if grant is not None:
+            self._keep(known, grant, keys[skip:])
+        return self._complete(known, at, keys, skip, grant, then)
+
+    def _ask_later(
+        self,
+        known: Known,
+        at: int,
+        make_keys: Callable[[], list[bytes]],
+        skip: int,
+        then: Callable[[], None],
+    ) -> None:
+        """The same in a thread, after this step."""
+        keys: list[bytes] = []
+
+        def ask(_: float) -> Grant | None:
+            keys.extend(make_keys())
+            awaited.keys = keys[skip:]
+            return self._acquire(self._caches[at], keys, skip, 0.0)
+
+        def go_on() -> None:
+            if self._complete(known, at, keys, skip, awaited.grant, then):
+                then()
+
+        assert known.asked_at is not None
+        awaited = Awaited(ask, known.asked_at + self.load_deadline_s, keys, go_on)
+        known.awaited = awaited
+        self._later.append(awaited)
+
+    def _complete(
+        self,
+        known: Known,
+        at: int,
+        keys: list[bytes],
+        skip: int,
+        grant: Grant | None,
+        then: Callable[[], None],
+    ) -> bool:
+        """Whether no more is on its way into memory; else that is awaited."""
+        if grant is None or grant._reply.stop not in COMING or not self.load_deadline_s:
             return True
         got = skip + grant.length
         assert known.asked_at is not None
         until = known.asked_at + self.load_deadline_s
-        known.awaited = Awaited(functools.partial(acquire, got), until, keys[got:], then)
+        acquire = functools.partial(self._acquire, self._caches[at], keys, got)
+        known.awaited = Awaited(acquire, until, keys[got:], then)
         self._loading.do(known.awaited.run)
         return False
 
@@ -284,7 +289,7 @@ class KVStoreManager(OffloadingManager):  # type: ignore[misc]
             None,
         )
 
-    def _keep(self, known: _Request, grant: Grant, keys: list[bytes]) -> None:
+    def _keep(self, known: Known, grant: Grant, keys: list[bytes]) -> None:
         """Hold what was granted, of the first of these chunks."""
         session = grant.session
         if known.session is not session:
@@ -294,7 +299,7 @@ class KVStoreManager(OffloadingManager):  # type: ignore[misc]
             known.grants.append(grant)
             known.found.update(zip(keys, grant.places.offsets, strict=False))
 
-    def _drop(self, known: _Request) -> None:
+    def _drop(self, known: Known) -> None:
         """Forget what was asked for a request, and give back what was granted."""
         if known.awaited is not None:
             late = known.awaited.drop()
@@ -304,7 +309,7 @@ class KVStoreManager(OffloadingManager):  # type: ignore[misc]
         self._release(known)
         known.asked_at = known.session = None
 
-    def _release(self, known: _Request) -> None:
+    def _release(self, known: Known) -> None:
         grants, known.grants = known.grants, []
         known.found = {}
         for grant in grants:
@@ -324,7 +329,7 @@ class KVStoreManager(OffloadingManager):  # type: ignore[misc]
         counts = self._counts(keys)
         offsets = array("Q", map(known.found.__getitem__, keys))
         held, known.grants = known.grants, []
-        self._moving[number] = _Moving(known, held, False, self.workers)
+        self._moving[number] = Moving(known, held, False, self.workers)
         ticket = _ticket(known.session)
         self._drop(known)
         return Transfer(number, name, ticket, counts, offsets.tobytes())
@@ -344,12 +349,12 @@ class KVStoreManager(OffloadingManager):  # type: ignore[misc]
             return PrepareStoreOutput([], Transfer(number, name, "", (), b""), [])
         held = [reservation for _, reservation in reserved]
         offsets = b"".join(reservation._places.offsets.tobytes() for reservation in held)
-        self._moving[number] = _Moving(known, held, True, self.workers)
+        self._moving[number] = Moving(known, held, True, self.workers)
         transfer = Transfer(number, name, _ticket(held[0]._session), self._counts(new), offsets)
         return PrepareStoreOutput(new, transfer, [])
 
     def _reserve(
-        self, known: _Request, keys: Collection[OffloadKey]
+        self, known: Known, keys: Collection[OffloadKey]
     ) -> list[tuple[list[bytes], Reservation]]:
         reserved: list[tuple[list[bytes], Reservation]] = []
         for group, cache in zip(self.groups, self._caches, strict=True):
@@ -369,7 +374,7 @@ class KVStoreManager(OffloadingManager):  # type: ignore[misc]
             reserved.append((part, reservation))
         return reserved
 
-    def _parent(self, known: _Request, group: Group, key: bytes) -> bytes | None:
+    def _parent(self, known: Known, group: Group, key: bytes) -> bytes | None:
         """The chunk before this one in its request."""
         before, each = None, group.chunk_hashes
         hashes = known.request.block_hashes
@@ -402,7 +407,7 @@ class KVStoreManager(OffloadingManager):  # type: ignore[misc]
                 moving.owner.load_failed |= not moving.stored
             self._ending.do(functools.partial(self._end, moving))
 
-    def _end(self, moving: _Moving) -> None:
+    def _end(self, moving: Moving) -> None:
         """In the thread: make stored blocks visible, or give back what was held."""
         for one in moving.held:
             if isinstance(one, Grant):
@@ -414,6 +419,9 @@ class KVStoreManager(OffloadingManager):  # type: ignore[misc]
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         """A step was scheduled: requests that run now need no more of what they were granted."""
+        later, self._later, self._asked = self._later, [], 0
+        if later:
+            self._asking.do(functools.partial(_run_all, later))
         for name in context.new_req_ids:
             known = self._requests.get(name)
             if known is not None and known.asked_at is not None:
@@ -455,9 +463,15 @@ class KVStoreManager(OffloadingManager):  # type: ignore[misc]
 
     def shutdown(self) -> None:
         """End the threads and the session."""
+        self._asking.close()
         self._loading.close()
         self._ending.close()
         self.guard.close()
+
+
+def _run_all(asks: Sequence[Awaited]) -> None:
+    for one in asks:
+        one.run()
 
 
 def _ticket(session: Session) -> str:

@@ -128,6 +128,15 @@ def test_cold_then_warm(shared: Engine, plain: Engine, daemon: Daemon) -> None:
     assert not counts["failed"] and not counts["defects"] and not counts["refused"]
 
 
+def test_more_prompts_than_are_asked_for_in_one_step(shared: Engine, plain: Engine) -> None:
+    asked = prompts(21, *(100 + 10 * at for at in range(8)))
+    store(shared, plain, asked)
+    warm = shared.generate(asked, COUNT)
+    assert warm["cached"] == whole(asked)
+    same(warm, plain, asked)
+    assert not shared.counts()["defects"]
+
+
 def test_a_longer_prompt_and_a_fork(shared: Engine, plain: Engine) -> None:
     """What follows is stored behind it; a prompt that leaves the common part gets that part."""
     first = prompts(2, 200)
