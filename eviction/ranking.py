@@ -126,6 +126,14 @@ class Ranking:
         """These blocks are of other cohorts now."""
         columns = self.columns
         columns.reserve(self._blocks.size)
+        if len(chain) <= MANY:
+            resident, child, queued = columns.resident, columns.child, columns.queued
+            for key in chain.tolist():
+                queued[key] = NONE
+                if resident[key] and child[key] == NONE:
+                    self._push(key)
+            self._trim()
+            return
         columns.array("queued")[chain] = NONE
         here = columns.array("resident")[chain] != 0
         for key in chain[here & (columns.array("child")[chain] == NONE)].tolist():

@@ -41,6 +41,7 @@ HUB_FAN = 16  # so many different continuations make a block a hub
 FAN_MAX = 255
 UNPLACED = 1 << 30  # the depth of a block of which it is not known what it continues
 HINTS_MAX = 8  # combinations of hints that are told apart
+SHORT = 64  # chains up to this length are looked at one by one: a call of numpy costs more
 
 _GAPS = len(GAP_BOUNDS_S) + 2  # the first: it continues none
 _SHARES = max(TOUCHES) + 1
@@ -77,12 +78,9 @@ class Relevance:
             return Asked(self._request_kind(request, None), request.fresh, now)
         if len(set(known)) < len(known):
             known = list(dict.fromkeys(known))
-        chain = np.asarray(known, np.int32)
-        self.blocks.reserve(max(request.chain, default=0) + 1)
-        strange = np.flatnonzero(self.blocks.array("cohort")[chain] == NONE)
-        if len(strange):
-            chain = chain[: strange[0]]
-        if (self.blocks.array("depth")[chain] == UNPLACED).any():  # found after a restart
+        self.blocks.reserve(max(known) + 1)
+        chain, unplaced = self._heard_of(known)
+        if unplaced:  # found after a restart
             self._place(NONE, chain)
         gap = self._gap(chain, now) if len(chain) else None
         length = len(request.chain) + request.fresh
@@ -205,12 +203,32 @@ class Relevance:
             return float(now - cohorts.time[before])
         return None
 
+    def _heard_of(self, known: Sequence[int]) -> tuple[Keys, bool]:
+        """The longest prefix that was heard of, and whether a place in it is not known."""
+        if len(known) <= SHORT:
+            cohorts, depths, unplaced = self.blocks.cohort, self.blocks.depth, False
+            for at, key in enumerate(known):
+                if cohorts[key] == NONE:
+                    known = known[:at]
+                    break
+                unplaced = unplaced or depths[key] == UNPLACED
+            return np.array(known, np.int32), unplaced
+        chain = np.asarray(known, np.int32)
+        strange = np.flatnonzero(self.blocks.array("cohort")[chain] == NONE)
+        if len(strange):
+            chain = chain[: strange[0]]
+        return chain, bool((self.blocks.array("depth")[chain] == UNPLACED).any())
+
     def _touch(self, chain: Keys, asked: Asked, *, whole: bool) -> None:
         """Known blocks were asked for again: they move to new cohorts, run by run."""
         hazard, column = self.hazard, self.blocks.array("cohort")
         old, hub = column[chain], self.blocks.array("hub")[chain]
-        cut = np.flatnonzero((old[1:] != old[:-1]) | (hub[1:] != hub[:-1])) + 1
-        bounds = [0, *cut.tolist(), len(chain)]
+        if len(chain) <= SHORT:
+            kinds = list(zip(old.tolist(), hub.tolist(), strict=True))
+            cut = [at for at in range(1, len(kinds)) if kinds[at] != kinds[at - 1]]
+        else:
+            cut = (np.flatnonzero((old[1:] != old[:-1]) | (hub[1:] != hub[:-1])) + 1).tolist()
+        bounds = [0, *cut, len(chain)]
         if whole and bounds[-2] < len(chain) - 1:
             bounds.insert(-1, len(chain) - 1)  # the last block of a request is of its own kind
         kind, length, now = asked
