@@ -35,6 +35,29 @@ class Request:
         self.kv_transfer_params = self.kv_hints = None
 
 
+def steps(manager: Any, waiting: list[tuple[Request, Any, list[bytes]]]) -> tuple[int, float]:
+    """Schedule until all are answered: the chunks that were found, and the longest step's seconds."""
+    from vllm.v1.kv_offload.base import ScheduleEndContext
+
+    found, longest = 0, 0.0
+    while waiting:
+        started, later = time.perf_counter(), []
+        for one in waiting:
+            request, context, own = one
+            if not manager.ready(request, 0):
+                later.append(one)
+                continue
+            for key in own:  # as vLLM does, until the first that is not there
+                if manager.lookup(key, context).name != "HIT":
+                    break
+                found += 1
+        manager.on_schedule_end(ScheduleEndContext((), ()))
+        longest = max(longest, time.perf_counter() - started)
+        waiting = later
+        time.sleep(STEP_S)  # the engine computes
+    return found, longest
+
+
 def measure(socket: str) -> dict[str, list[float]]:
     """Milliseconds of each repeat; in the environment of engines."""
     from pathlib import Path
@@ -42,7 +65,6 @@ def measure(socket: str) -> dict[str, list[float]]:
     from vllm.v1.kv_offload.base import (
         ReqContext,
         RequestOffloadingContext,
-        ScheduleEndContext,
     )
 
     from kvstore.client.guard import Guard
@@ -78,22 +100,7 @@ def measure(socket: str) -> dict[str, list[float]]:
                 assert isinstance(manager.on_new_request(context), RequestOffloadingContext)
                 manager.begin(request)
             asked = [group.keys(one) for one in lists]
-            found, longest, waiting = 0, 0.0, list(zip(requests, contexts, asked, strict=True))
-            while waiting:
-                started, later = time.perf_counter(), []
-                for one in waiting:
-                    request, context, own = one
-                    if not manager.ready(request, 0):
-                        later.append(one)
-                        continue
-                    for key in own:  # as vLLM does, until the first that is not there
-                        if manager.lookup(key, context).name != "HIT":
-                            break
-                        found += 1
-                manager.on_schedule_end(ScheduleEndContext((), ()))
-                longest = max(longest, time.perf_counter() - started)
-                waiting = later
-                time.sleep(STEP_S)  # the engine computes
+            found, longest = steps(manager, list(zip(requests, contexts, asked, strict=True)))
             seconds[kind].append(longest * 1e3)
             assert found == (REQUESTS * BLOCKS if kind == "resident" else 0)
             for context in contexts:
