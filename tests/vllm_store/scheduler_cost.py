@@ -36,7 +36,7 @@ class Request:
 
 
 def steps(manager: Any, waiting: list[tuple[Request, Any, list[bytes]]]) -> tuple[int, float]:
-    """Schedule until all are answered: the chunks that were found, and the longest step's seconds."""
+    """Schedule until all are answered: chunks found, and the seconds of the longest step."""
     from vllm.v1.kv_offload.base import ScheduleEndContext
 
     found, longest = 0, 0.0
