@@ -43,7 +43,7 @@ HOLD_S = 5.0  # what a request was granted and does not use is given back after 
 LATE_S = 0.1  # beyond a deadline, for the answer to arrive
 WINDOW_TRIES = 4  # calls to find a sliding window's blocks
 WINDOW_MORE = 2  # blocks beyond the window: vLLM may round it up
-ASKED_AT_ONCE = 2  # requests for which a step waits for the daemon's answer; more wait a step
+ASKED_AT_ONCE = 1  # requests for which a step waits for the daemon's answer; more wait a step
 COMING = (pb.AcquireReply.PENDING, pb.AcquireReply.LATE)  # the next block is on its way into memory
 
 COUNTERS = {
