@@ -39,14 +39,13 @@ from kvstore.client.guard import Guard
 from kvstore.client.vllm_manager import COUNTERS, KVStoreManager
 from kvstore.client.vllm_requests import Group
 from kvstore.client.vllm_worker import KVStoreWorker, Sessions, make_worker
+from kvstore.client.weights import weights_identity
 from kvstore.types import TEXT_BYTES_MAX, Layout
 
 SCHEDULER_TIMEOUT_S, WORKER_TIMEOUT_S = 0.25, 1.0
 LOAD_DEADLINE_S = 1.0
 COPY_THREADS = 2
 OURS = "kvstore_connector"  # in the extra config: this spec is used by this connector
-WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
-SAMPLES, SAMPLE_BYTES = 256, 4_096  # of each file of weights
 
 log = logging.getLogger("kvstore")
 
@@ -92,44 +91,9 @@ def _check_groups(kv_cache_config: Any) -> None:
 # -- what makes blocks interchangeable ---------------------------------------------------------
 
 
-def weights_digest(folder: Path) -> str:
-    """A digest of config.json and of samples of each file of weights.
-
-    Of each file 256 pieces of 4 KiB are read, evenly spread.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    config = folder / "config.json"
-    if config.is_file():
-        digest.update(config.read_bytes())
-    for path in sorted(path for pattern in WEIGHTS for path in folder.glob(pattern)):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with path.open("rb") as file:
-            for at in range(SAMPLES):
-                file.seek(max(0, size - SAMPLE_BYTES) * at // (SAMPLES - 1))
-                digest.update(file.read(SAMPLE_BYTES))
-                if size <= SAMPLE_BYTES:
-                    break
-    return digest.hexdigest()
-
-
-def model_identity(name: str, revision: str | None) -> str:
-    """The weights, wherever they are: a local folder's digest, or that of what was downloaded."""
-    folder = Path(name)
-    if not folder.is_dir():
-        try:
-            from huggingface_hub import snapshot_download
-
-            folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
-        except Exception as error:
-            log.warning(
-                "kvstore: the weights of %s are not in a local folder (%s): blocks are told apart "
-                "by that name alone; set model_id in the extra config when they change",
-                name,
-                type(error).__name__,
-            )
-            return f"{name}@{revision}"
-    return f"{folder.name if Path(name).is_dir() else name}@{weights_digest(folder)}"
+def model_identity(name: str, revision: str | None, what: str = "model") -> str:
+    """A name for people, and the weights."""
+    return f"{name.rstrip('/').rsplit('/', 1)[-1]}@{weights_identity(name, revision, what)}"
 
 
 def _depends_on_length(model: Any) -> bool:
@@ -146,7 +110,8 @@ def identity(vllm_config: Any, facts: Any) -> dict[str, Any]:
     drafter = getattr(speculative, "model", None)
     return {
         "model": extra.get("model_id") or model_identity(model.model, model.revision),
-        "drafter": drafter and model_identity(drafter, getattr(speculative, "revision", None)),
+        "drafter": drafter
+        and model_identity(drafter, getattr(speculative, "revision", None), "draft model"),
         "speculative": getattr(speculative, "method", None),
         "dtype": str(model.dtype),
         "quantization": model.quantization,

@@ -15,7 +15,7 @@ import pytest
 
 from kvstore.client import Client
 from kvstore.client.cache import Cache
-from kvstore.client.sglang_identity import model_identity, sample_weights
+from kvstore.client.sglang_identity import model_identity
 from kvstore.client.sglang_pages import (
     Fragments,
     Pages,
@@ -26,6 +26,7 @@ from kvstore.client.sglang_pages import (
     page_layout,
 )
 from kvstore.client.sglang_settings import Settings
+from kvstore.client.weights import sample_weights
 from kvstore.errors import InvalidBlock, InvalidRequest
 from kvstore.types import Layout
 from tests.e2e.conftest import MakeDaemon, make_daemon  # noqa: F401  # a fixture
