@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from kvstore.accesses import Access, AccessKind, Hints, Observer
 from kvstore.catalog import READY, WRITING, LayoutEntry
@@ -62,6 +63,15 @@ class Offer:
             del self.fresh[got:]
 
 
+class _GoingOn(NamedTuple):
+    """A request of which more may come: whether blocks of its were stored at that place, and
+    whether it has asked for them before."""
+
+    asked: Asked
+    stored: bool
+    heard: bool
+
+
 class Learning:
     """Notes of what was asked, until they are digested."""
 
@@ -71,8 +81,8 @@ class Learning:
         self.notes: list[ReadLease | Offer] = []
         self.observers: list[Observer] = []
         self._family = placement.room.family
-        # By the place where they go on: requests, and whether blocks of theirs were stored there.
-        self._going_on: dict[int | bytes, tuple[Asked, bool]] = {}
+        # By the place where they go on.
+        self._going_on: dict[int | bytes, _GoingOn] = {}
 
     def note(self, note: ReadLease | Offer) -> None:
         """Something was answered."""
@@ -93,12 +103,19 @@ class Learning:
             room.family.drop(dropped)
         return bool(notes)
 
-    def going_on(self, offer: Offer) -> Asked | None:
-        """The request that goes on with what is new in this offer, if one does. A list that names
-        again what was stored already is a new one."""
-        place = _place(offer.rows, offer.keys, offer.at)
-        asked, stored = self._going_on.get(place, (None, False))
-        return None if stored and offer.at > offer.skip else asked
+    def wanted(self, offer: Offer) -> Asked | None:
+        """The request that goes on with what is new in this offer, if it has asked for it. Of one
+        that only stores, in however many calls, nothing is known."""
+        found = self._found(offer)
+        return found.asked if found is not None and found.heard else None
+
+    def _found(self, offer: Offer) -> _GoingOn | None:
+        """What goes on with what is new in this offer. A list that names again what was stored
+        already is a new request."""
+        found = self._going_on.get(_place(offer.rows, offer.keys, offer.at))
+        if found is not None and found.stored and offer.at > offer.skip:
+            return None
+        return found
 
     # -- inside --------------------------------------------------------------------------------
 
@@ -112,10 +129,10 @@ class Learning:
             most = max(most, 4 * dram - nvme)
         return min(GHOSTS_MAX, most)
 
-    def _remember(self, place: int | bytes, asked: Asked, *, stored: bool) -> None:
+    def _remember(self, place: int | bytes, going: _GoingOn) -> None:
         going_on = self._going_on
         going_on.pop(place, None)
-        going_on[place] = asked, stored
+        going_on[place] = going
         if len(going_on) > 2 * GOING_ON_MAX:
             for old in list(going_on)[:GOING_ON_MAX]:
                 del going_on[old]
@@ -129,19 +146,18 @@ class Learning:
         if complete:
             chain = context + lease.blocks + _known(entry, keys[granted:])
         chain = [block for block in chain if catalog.keys[block] is not None]
-        earlier = None
-        if context and complete:
-            earlier, _ = self._going_on.get(context[-1], (None, False))
+        earlier = self._going_on.get(context[-1]) if context and complete else None
         if earlier is None:
             total = len(lease.context) + lease.asked
             asked = self._family.asked(Request(chain, total - len(chain), now))
             if chain:
                 self.placement.touch(chain, now)
         else:
-            asked = earlier
+            asked = earlier.asked
         there = len(context) + granted
         if keys and there <= len(chain):
-            self._remember(chain[there - 1] if there else keys[0], asked, stored=False)
+            place = chain[there - 1] if there else keys[0]
+            self._remember(place, _GoingOn(asked, stored=False, heard=True))
         self._used(chain[:there])
         if lease.devices:
             self.placement.mirror.asked(lease, now)
@@ -202,18 +218,21 @@ class Learning:
             if block is None or self.catalog.keys[block] is None:
                 break
             chain.append(block)
-        asked = self.going_on(offer)
-        hints = offer.hints
-        if asked is None:
+        found, hints = self._found(offer), offer.hints
+        if found is not None:
+            asked = found.asked
+            if hints:
+                asked = family.hinted(asked, chain, hints.reuse, hints.name)
+        else:
             unknown = len(rows) - len(chain)
             asked = family.asked(Request(chain, unknown, now, hints.reuse, hints.name))
             if chain:
                 self.placement.touch(chain, now)
                 self._used(chain)
-        elif hints:
-            asked = family.hinted(asked, chain, hints.reuse, hints.name)
         self.born(rows, fresh, asked)
-        self._remember(_place(rows, offer.keys, offer.end), asked, stored=True)
+        heard = found is not None and found.heard
+        place = _place(rows, offer.keys, offer.end)
+        self._remember(place, _GoingOn(asked, stored=True, heard=heard))
         if self.observers:
             self._tell(
                 Access(

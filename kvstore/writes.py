@@ -272,7 +272,7 @@ class Writes:
         room = self.placement.room
         if not blocks or self.placement.health.ok or not room.family.contests:
             return len(blocks)
-        asked = self._learning.going_on(offer)
+        asked = self._learning.wanted(offer)
         short = len(blocks) - room.dram.free(offer.entry.slot_bytes)
         if asked is None or short <= 0:
             return len(blocks)
