@@ -20,9 +20,11 @@ demo: setup
 test: setup
 	$(RUN) -m tests
 
-# Real vLLM and SGLang engines with the connectors; needs some 8 GB of disk.
+# Real vLLM (every version, unless one is named) and SGLang engines with the connectors; needs some
+# 8 GB of disk.
+VLLM ?= all
 test-engines: setup
-	$(RUN) -m tests.vllm_store
+	$(RUN) -m tests.vllm_store --version $(VLLM)
 	$(RUN) -m tests.sglang_store
 
 bench: setup
