@@ -136,22 +136,22 @@ class Catalog:
             keys[block] = key
             layout[block] = entry.number
         if more := len(added) - len(rows):
-            rows += self._extend(entry, added[len(rows) :], more)
+            self.nvme.extend(array("I", [NOWHERE]) * more)
+            self.sums.extend([None] * more)
+            rows += self._extend(entry, added[len(rows) :], 0)
         index, before = entry.index, len(entry.index)
         index.update(zip(added, rows, strict=True))
         assert len(index) == before + len(added), "one of the keys had a row"
         return rows
 
-    def _extend(self, entry: LayoutEntry, keys: Sequence[bytes], count: int) -> range:
-        """New rows at the end."""
-        first = len(self.keys)
+    def _extend(self, entry: LayoutEntry, keys: Sequence[bytes], flag: int) -> range:
+        """New rows at the end, in every column but those of NVMe and the checksums."""
+        first, count = len(self.keys), len(keys)
         self.keys.extend(keys)
         self.layout.extend(array("H", [entry.number]) * count)
-        self.flags.extend(array("H", [0]) * count)
+        self.flags.extend(array("H", [flag]) * count)
         self.dram.extend(array("I", [NOWHERE]) * count)
-        self.nvme.extend(array("I", [NOWHERE]) * count)
         self.pins.extend(array("I", [0]) * count)
-        self.sums.extend([None] * count)
         return range(first, first + count)
 
     def hide(self, blocks: Sequence[int]) -> None:
@@ -201,18 +201,12 @@ class Catalog:
         Offsets and sums are used up: the lists are empty afterwards, and with a million blocks
         their memory serves what is built next.
         """
-        first, count = len(self.keys), len(keys)
         pages = np.asarray(offsets, np.uint64) // SLOT_ALIGNMENT
         pages = np.minimum(pages, NOWHERE)  # a damaged record's is not to point at another's
         self.nvme.extend(array("I", pages.astype(np.uint32).tobytes()))
         offsets.clear()
         self.sums.extend(sums)
         sums.clear()
-        self.keys.extend(keys)
-        self.layout.extend(array("H", [entry.number]) * count)
-        self.flags.extend(array("H", [STORED]) * count)
-        self.dram.extend(array("I", [NOWHERE]) * count)
-        self.pins.extend(array("I", bytes(4 * count)))
-        rows = list(range(first, first + count))  # the same objects for all who remember them
+        rows = list(self._extend(entry, keys, STORED))  # the same objects for all who remember them
         entry.index.update(zip(keys, rows, strict=True))
         return rows

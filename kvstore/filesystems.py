@@ -58,6 +58,14 @@ class Pool:
         )
 
 
+def text_of(path: Path) -> str:
+    """A small file of the kernel, empty when it is not there or not readable."""
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
 def room(path: Path) -> tuple[int, int]:
     """Bytes that the file system at `path` has in all, and free (our files there count as free).
 
@@ -130,10 +138,8 @@ def _read(folder: Path, page_bytes: int) -> Pool:
 
 
 def _number(path: Path) -> int:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):
-        return 0
+    text = text_of(path)
+    return int(text) if text.isdecimal() else 0
 
 
 def _statfs(path: Path) -> tuple[int, int]:

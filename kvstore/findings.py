@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from kvstore.filesystems import text_of
 from kvstore.types import MIB
 from kvstore.units import format_size
 
@@ -31,14 +32,6 @@ class Host:
     proc: Path = Path("/proc")
     sys: Path = Path("/sys")
     dev: Path = Path("/dev")
-
-
-def text_of(path: Path) -> str:
-    """A small file of the kernel, empty when it is not there or not readable."""
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError:
-        return ""
 
 
 def mount_of(host: Host, path: Path) -> tuple[str, str, list[str]]:

@@ -78,7 +78,7 @@ class Mirror:
         """Numbers of the devices that are not used any more."""
         return [seats.number for seats in self.devices if not seats.ok]
 
-    def check(self, entry: LayoutEntry, devices: Sequence[int]) -> None:
+    def check_devices(self, entry: LayoutEntry, devices: Sequence[int]) -> None:
         """Raises InvalidRequest unless these are devices, one for each shard, or none."""
         if devices and len(devices) != entry.layout.shards:
             raise InvalidRequest(
@@ -281,7 +281,7 @@ class Mirror:
             found = seats.policies[size] = self._room.family.make(HBM, capacity)
         return found
 
-    def verify(self) -> None:
+    def check(self) -> None:
         """Asserts that every slot has one owner, and that copies are of what is in DRAM. For
         tests."""
         flags = self.catalog.flags

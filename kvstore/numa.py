@@ -17,6 +17,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from kvstore.filesystems import text_of
 from kvstore.mapping import address_of_map
 
 SYS = Path("/sys")
@@ -80,12 +81,12 @@ def nodes(sys: Path = SYS) -> list[Node]:
     folder = sys / "devices/system/node"
     found = []
     for path in folder.glob("node[0-9]*"):
-        sizes = dict(re.findall(r"(MemTotal|MemFree):\s*(\d+) kB", _text(path / "meminfo")))
+        sizes = dict(re.findall(r"(MemTotal|MemFree):\s*(\d+) kB", text_of(path / "meminfo")))
         total = int(sizes.get("MemTotal", 0)) << 10
         if total:
             number = int(path.name.removeprefix("node"))
             free = int(sizes.get("MemFree", 0)) << 10
-            found.append(Node(number, total, free, bool(_text(path / "cpulist"))))
+            found.append(Node(number, total, free, bool(text_of(path / "cpulist"))))
     return sorted(found, key=lambda node: node.number)
 
 
@@ -131,8 +132,8 @@ def gpu_nodes(devices: Sequence[int], sys: Path = SYS) -> set[int]:
     firmware does not tell are left out."""
     found = []
     for path in sorted((sys / "bus/pci/devices").glob("*")):
-        if _text(path / "vendor") == NVIDIA and _text(path / "class").startswith(DISPLAY_CLASS):
-            text = _text(path / "numa_node")
+        if text_of(path / "vendor") == NVIDIA and text_of(path / "class").startswith(DISPLAY_CLASS):
+            text = text_of(path / "numa_node")
             found.append(int(text) if re.fullmatch(r"-?\d+", text) else -1)
     near = {found[device] for device in devices if device < len(found)}
     return near - {-1}
@@ -200,12 +201,5 @@ def _mask(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_ulong]:
 
 def _allowed(proc: Path, number: int) -> Sequence[int]:
     """The nodes that this process may use; the one asked for where the kernel does not tell."""
-    match = re.search(r"^Mems_allowed_list:\s*(\S+)", _text(proc / "self/status"), re.MULTILINE)
+    match = re.search(r"^Mems_allowed_list:\s*(\S+)", text_of(proc / "self/status"), re.MULTILINE)
     return parse_list(match[1]) if match else (number,)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError:
-        return ""

@@ -60,7 +60,7 @@ class Reads:
         caller had better ask again.
         """
         if devices:
-            self.placement.mirror.check(entry, devices)
+            self.placement.mirror.check_devices(entry, devices)
         self.holdings.check_leases(session)
         asked = len(keys)
         allowed = self.holdings.allow(session, entry, asked, now, keys)

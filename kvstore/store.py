@@ -305,7 +305,7 @@ class Store:
     def check(self) -> None:
         """Asserts what must hold between calls. For tests: it looks at everything."""
         self.room.check()
-        self.placement.mirror.verify()
+        self.placement.mirror.check()
         pins = [0] * len(self.catalog.keys)
         writing: set[int] = set()
         for session in self.sessions:

@@ -78,11 +78,6 @@ class Partial:
     done: set[int]
 
 
-def store_copies(store: Store) -> int:
-    """Copies that can be read, on all devices."""
-    return store.placement.mirror.blocks
-
-
 class Books:
     """The model: simulated bytes, and who may touch which of them."""
 
@@ -296,7 +291,7 @@ class Books:
         assert self.saved - counters.nvme.evicted.total() == len(self.index)
         assert counters.hit == counters.dram.hits + counters.nvme.hits + counters.hbm.hits
         left = counters.hbm.promoted - counters.hbm.evicted.total()
-        assert left == store_copies(self.store), "copies come and go uncounted"
+        assert left == self.store.placement.mirror.blocks, "copies come and go uncounted"
         assert counters.quarantined == sum(len(ghost.blocks) for ghost in self.ghosts)
 
     def _all_writers(self) -> list[Writer]:
