@@ -311,7 +311,7 @@ class Connection:
             reply = InternalError("the request met a defect of the daemon: see its log")
         if reply is not None:
             self._answer(verb, number, reply)
-        self._service.settle()
+        self._service.settle_later(verb)
 
     def _attach(self, verb: int, number: int, payload: bytes) -> None:
         try:

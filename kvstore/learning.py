@@ -88,9 +88,10 @@ class Learning:
         """Something was answered."""
         self.notes.append(note)
 
-    def digest(self, now: float) -> bool:
-        """Done after answering, never before. Whether there was anything."""
-        notes, self.notes = self.notes, []
+    def digest(self, now: float, most: int | None = None) -> bool:
+        """Done after answering, never before; `most` notes, the oldest ones. Whether there was
+        anything."""
+        notes, self.notes = self.notes[:most], [] if most is None else self.notes[most:]
         for note in notes:
             if isinstance(note, ReadLease):
                 self._asked(note, now)

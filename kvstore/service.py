@@ -8,20 +8,20 @@ door gave along. After sending an answer the door calls `settle`, for what can w
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import functools
 import secrets
 import time
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from struct import unpack
-from typing import Any, Protocol
+from typing import Any
 
 import structlog
 
 from kvstore import types
 from kvstore.accesses import Hints
 from kvstore.catalog import LayoutEntry
+from kvstore.collaborators import Doors, Hands, ServiceInfo
 from kvstore.drains import Drains
 from kvstore.errors import (
     ArenaGone,
@@ -32,7 +32,7 @@ from kvstore.errors import (
     TooLarge,
 )
 from kvstore.leases import ReadLease, Session
-from kvstore.orders import IndexPut, Move, MoveKind, Outcome
+from kvstore.orders import Move, MoveKind, Outcome
 from kvstore.parking import LATER, Parking, bounded
 from kvstore.protos import kvstore_pb2 as pb
 from kvstore.reads import LATE
@@ -44,50 +44,10 @@ from kvstore.verification import Verification
 from kvstore.writes import REFUSED, Reserved
 
 Answer = Callable[[Any], None]
+READ_VERBS = frozenset((pb.LOOKUP, pb.ACQUIRE, pb.RELEASE))
+PUT_OFF_MAX = 32  # requests of which the policies are told later
 
 log = structlog.get_logger()
-
-
-class Hands(Protocol):
-    """What carries the store's orders out. None of these waits."""
-
-    def move(self, moves: list[Move]) -> None:
-        """Queue moves; their outcomes come back through `Service.finished`."""
-
-    def mark(self, store: Store, pages: Iterable[int]) -> None:
-        """Bring the slot table's records of these DRAM pages up to date."""
-
-    def touch(self, store: Store, pages: Sequence[int]) -> None:
-        """Note in the slot table that these DRAM pages were used."""
-
-    def layout(self, entry: LayoutEntry) -> None:
-        """Note the layout's description beside the slot table, and queue it for the NVMe index."""
-
-    def index(self, changes: dict[int, IndexPut | None]) -> None:
-        """Queue changes of the NVMe index."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ServiceInfo:
-    """What a client is told when it attaches."""
-
-    tenant: str
-    version: str
-    generation: int
-    arena_path: str
-    arena_bytes: int
-    arena_inode: int
-    gpus: Sequence[tuple[str, int, bytes]] = ()  # of each: PCI address, bytes, handle
-
-
-class Doors(Protocol):
-    """What a service asks of the doors that clients come through."""
-
-    def settle(self, caller: Session, numbers: Sequence[int]) -> int:
-        """See Processes.settle."""
-
-    def end(self, number: int) -> bool:
-        """End a session and its connections; False when there is none of that number."""
 
 
 class Service:
@@ -114,6 +74,8 @@ class Service:
         self._drains = Drains(store, self._loop)
         self.recording = Recording(store)
         self.doors: Doors | None = None  # told when they are there
+        # Does work a piece at a time in quiet moments; False when it does not: see BusyPoll.
+        self.later: Callable[[Callable[[], bool]], bool] = lambda work: False
         self.refusal = ""  # why nobody may attach any more
         self._verbs: dict[int, tuple[Callable[[Session, Any, Answer], Any], Any]] = {
             pb.OPEN: (self._open, pb.OpenRequest),
@@ -208,6 +170,8 @@ class Service:
         Raises KVStoreError; nothing has changed then.
         """
         handler = self._verbs[verb][0]
+        if self.store.undigested and verb not in READ_VERBS:
+            self.settle()  # it may depend on what was asked before
         reply = handler(session, request, answer)
         if verb == pb.RESERVE or verb == pb.COMMIT:
             self._carry_out()  # the slot table must say so before the client hears of it
@@ -217,6 +181,20 @@ class Service:
         """Do what waits until an answer is out: tell the policies, carry out orders."""
         self.store.digest(self._now())
         self._carry_out()
+
+    def settle_later(self, verb: int) -> None:
+        """As `settle`; after reading, what the policies are told may wait for a quiet moment."""
+        if verb in READ_VERBS and self.later(self._settle_one):
+            if self.store.undigested > PUT_OFF_MAX:
+                self._settle_one()
+            self._carry_out()
+        else:
+            self.settle()
+
+    def _settle_one(self) -> bool:
+        left = self.store.digest(self._now(), 1)
+        self._carry_out()
+        return left > 0
 
     def finished(self, ended: Iterable[tuple[Move, Outcome, str]]) -> None:
         """Moves have ended."""

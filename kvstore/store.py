@@ -189,10 +189,17 @@ class Store:
         if was_ok and not self.placement.health.ok:
             self._reads.give_up_loads()
 
-    def digest(self, now: float) -> None:
-        """Tell the policies of accesses since the last time; done after answering, never before."""
-        if self._learning.digest(now):
+    def digest(self, now: float, most: int | None = None) -> int:
+        """Tell the policies of accesses since the last time, of `most` at once; done after
+        answering, never before. Returns of how many they have not been told."""
+        if self._learning.digest(now, most):
             self.placement.pump(now)
+        return self.undigested
+
+    @property
+    def undigested(self) -> int:
+        """Accesses of which the policies have not been told."""
+        return len(self._learning.notes)
 
     def tick(self, now: float) -> None:
         """Time has passed: probe what is fenced, go on with what a budget held back."""

@@ -18,6 +18,7 @@ import structlog
 from kvstore import adoption, paths, sigbus
 from kvstore.adoption import adopt as adopt_dram
 from kvstore.busy_poll import BusyPoll
+from kvstore.collaborators import ServiceInfo
 from kvstore.config import Config
 from kvstore.disk import Disk, DiskConfig, adopt
 from kvstore.errors import AlreadyRunning, InvalidConfig
@@ -31,7 +32,7 @@ from kvstore.orders import Move, Outcome
 from kvstore.placement import PlacementConfig
 from kvstore.policies import FAMILIES
 from kvstore.processes import Processes
-from kvstore.service import Service, ServiceInfo
+from kvstore.service import Service
 from kvstore.store import Store
 from kvstore.tiers.hbm import Gpu, HbmArena
 from kvstore.turns import Share, Turns
@@ -141,6 +142,7 @@ class Tenant:
             busy_poll=self._busy_poll,
             share=share,
         )
+        self.service.later = self._busy_poll.later
         self._front_door = FrontDoor(
             self.service,
             self._processes,

@@ -54,6 +54,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
         (
             "adoption",
             "carrier",
+            "collaborators",
             "config",
             "config_checks",
             "disk",

@@ -15,6 +15,7 @@ from unittest import mock
 
 from kvstore.adoption import NOTES, SLOT_TABLE, Estate, Notes
 from kvstore.adoption import adopt as adopt_dram
+from kvstore.collaborators import ServiceInfo
 from kvstore.disk import adopt
 from kvstore.errors import KVStoreError
 from kvstore.hands import Door, Ended
@@ -25,7 +26,7 @@ from kvstore.orders import MoveKind, Outcome
 from kvstore.placement import PlacementConfig
 from kvstore.policies import FAMILIES
 from kvstore.processes import Processes
-from kvstore.service import Service, ServiceInfo
+from kvstore.service import Service
 from kvstore.store import Store
 from kvstore.tiers.slot_table import SlotTable
 from tests.simulate.clock import Process
@@ -70,6 +71,7 @@ class Daemon:
         self.stopping = False
         self.stops = 0  # how often it was stopped: meanwhile no deadline is kept
         self._failed_in_a_row = 0
+        self._put_off: set[Callable[[], bool]] = set()
         self.index: SimulatedIndex | None = None
         self.arena = machine.arena
         self.started = False
@@ -104,6 +106,7 @@ class Daemon:
                 self.processes.inherit(held)
             self.service.settle()
         self.service.doors = self
+        self.service.later = self._later
         self.started = True
         self.process.call_later(TICK_S, self._tick)
 
@@ -188,6 +191,25 @@ class Daemon:
     def states(self) -> dict[int, int]:
         """What the slot table says of each slot that is not empty."""
         return {record.offset: record.state for record in self.table.records()}
+
+    def _later(self, work: Callable[[], bool]) -> bool:
+        """Sometimes the loop is awake, and has a quiet moment later; sometimes it sleeps."""
+        if work in self._put_off:
+            return True
+        pause_s = self.world.quiet_in_s()
+        if pause_s is None:
+            return False
+        self._put_off.add(work)
+        self.process.call_later(pause_s, self._quiet_moment, work)
+        return True
+
+    def _quiet_moment(self, work: Callable[[], bool]) -> None:
+        self._put_off.discard(work)
+        if not self.stopping:
+            self.world.marks["put off"] += 1
+        if work():
+            self._put_off.add(work)
+            self.process.call_later(0.0, self._quiet_moment, work)
 
     def _tick(self) -> None:
         self.process.call_later(TICK_S, self._tick)

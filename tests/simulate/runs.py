@@ -45,6 +45,7 @@ MARKS = {
     "move hangs",
     "no room",
     "no such device",
+    "put off",
     "quarantine ended",
     "quarantined",
     "read error",

@@ -180,7 +180,7 @@ class Connection:
         if reply is not None:
             self._answer(asked, reply)
         daemon.fuse.burn()
-        daemon.service.settle()
+        daemon.service.settle_later(verb)
 
     def _note(self, verb: int, request: Any, names: list[tuple[int, bytes]]) -> None:
         """The books, before the daemon acts on it."""

@@ -137,6 +137,12 @@ class World:
         """What an engine does between two calls."""
         return self.chance.expovariate(1 / self._pace_s)
 
+    def quiet_in_s(self) -> float | None:
+        """When the daemon's loop has a quiet moment; None: it sleeps."""
+        if self.chance.random() < 0.5:
+            return None
+        return self.chance.expovariate(1 / self.chance.choice((0.0001, 0.003)))
+
     def copy_s(self) -> float:
         """A part of a copy."""
         return self.chance.expovariate(1 / self.chance.choice((0.0002, 0.005)))
