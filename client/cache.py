@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvstore.client.arena import address_of, on_device
+from kvstore.client.copy_out import CopyOut
 from kvstore.client.grant import Grant, count_tiers
 from kvstore.client.places import Places
 from kvstore.client.reservation import NEW, PRESENT, REFUSED, Reservation
@@ -124,6 +125,7 @@ class Cache:
         shard: int | None = None,
         deadline_s: float = DEADLINE_S,
         prefill_tokens_per_s: float | None = None,
+        direct: bool = False,
     ) -> GetResult:
         """Copy the longest prefix that is resident, in any tier, into buffers of the caller.
 
@@ -131,29 +133,42 @@ class Cache:
         deadline_s  how long to wait for blocks that must come up from NVMe
         prefill_tokens_per_s  the engine's own speed: blocks that would take longer to load than to
                     compute are left out
+        direct      blocks that are on NVMe alone are read from its files by this process, checked,
+                    and copied to the buffers: DRAM stays as it is. Where this process may not read
+                    them, as without
 
         The first `length` buffers of the result are verified; a lease that did not hold ends it.
         """
         started, wait_s = time.monotonic(), _wait_s(deadline_s)
         into = list(into)
         targets = self._addresses(hashes, into, shard, writable=True)
-        copied_by = started + wait_s + self.client.timeout_s  # by a device
+        by = started + wait_s
+        out = CopyOut(self.layout, targets, shard, by + self.client.timeout_s, self.copier)
         done, tiers = 0, Counter[str]()
         window = max(1, WINDOW_BYTES // self.layout.block_bytes)
+        files = self.client.direct_files() if direct else None
         while done < len(hashes):
-            left_s = max(0.0, started + wait_s - time.monotonic())
+            left_s = max(0.0, by - time.monotonic())
             gpus = self._gpus(targets, shard)
             grant = self._acquire(
-                hashes, left_s, prefill_tokens_per_s, window, skip=done, gpus=gpus
+                hashes,
+                left_s,
+                prefill_tokens_per_s,
+                window,
+                skip=done,
+                gpus=gpus,
+                direct=bool(files),
             )
-            if not grant.length:
-                break
-            part = slice(done, done + grant.length)
-            if not self._copy_out(grant, targets, part, shard, copied_by):
-                break
-            done += grant.length
-            tiers += grant.tiers
-            if grant.stop not in ("pending", "no_room"):
+            good = 0
+            if files is not None and grant.beside:
+                good = out.direct(grant, hashes, done, files, by)
+            elif grant.length and out.all(grant, done):
+                good = grant.length
+            done += good
+            tiers += grant.tiers_of(good)
+            if files is not None and (good < grant.length or grant.stop == "pending"):
+                files = None  # the daemon loads the rest, and sees what is wrong with it
+            elif good < grant.length or grant.stop not in ("pending", "no_room") or not good:
                 break
         return GetResult(done, tiers, time.monotonic() - started)
 
@@ -335,35 +350,6 @@ class Cache:
             keep=sources.buffers,
         )
 
-    def _copy_out(
-        self,
-        grant: Grant,
-        targets: list[int] | DeviceBuffers,
-        part: slice,
-        shard: int | None,
-        copied_by: float,
-    ) -> bool:
-        """Copy a grant to a part of the targets. False: what came of it must be thrown away."""
-        if isinstance(targets, list):
-            with grant:
-                grant.places.copy_out(targets[part], shard)
-            return grant.release()
-        assert self.copier is not None, "found with the buffers"
-        copies = grant.copies[shard or 0 :: self.layout.shards]
-        far, near = targets.split(
-            targets.fragments(grant.places, shard, part),
-            copies,
-            self.copier.part(grant.session, targets.device),
-        )
-        return self.copier.load(
-            grant,
-            far,
-            deadline=copied_by,
-            streams=targets.streams,
-            keep=targets.buffers,
-            near=near,
-        )
-
     def _gpus(self, targets: list[int] | DeviceBuffers, shard: int | None) -> list[int]:
         """Where the shards are wanted that the targets are for, as `acquire` takes it."""
         shards = self.layout.shards
@@ -386,6 +372,7 @@ class Cache:
         skip: int = 0,
         gpus: Sequence[int] = (),
         poll: bool = False,
+        direct: bool = False,
     ) -> Grant:
         session, reply = self._ask(
             pb.ACQUIRE,
@@ -399,6 +386,7 @@ class Cache:
             skip=skip,
             gpus=gpus,
             poll=poll,
+            direct=direct,
         )
         return Grant(self.client, session, self.layout, reply)
 

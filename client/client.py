@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from kvstore import paths, types
 from kvstore.client.arena import Arena
@@ -18,11 +19,16 @@ from kvstore.errors import InvalidRequest, SessionLost, Unavailable
 from kvstore.protos import kvstore_pb2 as pb
 from kvstore.types import Layout, Stats
 
+if TYPE_CHECKING:
+    from kvstore.client.direct import DirectFiles
+
 REFUSED_S = 0.2  # after a failed attempt other calls fail at once for so long
 TIMEOUT_S_MAX = 86_400.0
 TRACE_S = 30.0  # for what is still to be written
 
 T = TypeVar("T")
+
+log = logging.getLogger("kvstore")
 
 
 class TraceState(NamedTuple):
@@ -128,6 +134,7 @@ class Client:
         self._arena: Arena | None = None
         self._refused: tuple[float, Unavailable] | None = None
         self._closed = False
+        self._direct: tuple[tuple[str, ...], DirectFiles | None] | None = None
 
     def __enter__(self) -> Client:
         return self
@@ -203,6 +210,17 @@ class Client:
         attached = self.session(self.deadline()).attached
         return [(one.bus, one.bytes, one.handle) for one in attached.gpus]
 
+    def direct_files(self) -> DirectFiles | None:
+        """The files of the NVMe tier, opened for `Cache.get(direct=True)`; None where this process
+        may not read them, or the daemon has none."""
+        paths = tuple(self.session(self.deadline()).attached.nvme.paths)
+        with self._connecting:
+            if self._direct is None or self._direct[0] != paths:
+                if self._direct is not None and self._direct[1] is not None:
+                    self._direct[1].close()
+                self._direct = paths, _open_direct(paths)
+            return self._direct[1]
+
     @property
     def arena(self) -> Arena | None:
         """The arena as it is mapped now; None before the first connection."""
@@ -214,6 +232,9 @@ class Client:
             self._closed = True
             session, self._session = self._session, None
             arena, self._arena = self._arena, None
+            direct, self._direct = self._direct, None
+        if direct is not None and direct[1] is not None:
+            direct[1].close()
         if session is not None:
             session.transport.close("the client was closed")
         if arena is not None:
@@ -359,3 +380,15 @@ def _ticket(text: str | None) -> tuple[int, bytes]:
         return int(number), bytes.fromhex(token)
     except ValueError:
         raise InvalidRequest("join is no ticket: give the `ticket` of a connected client") from None
+
+
+def _open_direct(paths: Sequence[str]) -> DirectFiles | None:
+    if not paths:
+        return None
+    try:
+        from kvstore.client.direct import DirectFiles
+
+        return DirectFiles(paths)
+    except (ImportError, OSError) as error:
+        log.warning("kvstore: blocks on NVMe are not read from here: %s", error)
+        return None

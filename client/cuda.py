@@ -12,13 +12,16 @@ import functools
 import logging
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from kvstore.client.arena import Arena
 from kvstore.client.cuda_buffers import LEGACY_STREAM, DeviceBuffers, device_buffers
-from kvstore.client.cuda_device import CupyPlatform, Platform
+from kvstore.client.cuda_device import CupyPlatform, Device, Platform
 from kvstore.client.cuda_fragments import Direction, Fragments, Way, plan
 from kvstore.client.cuda_parts import Near, Part, Parts
 from kvstore.client.cuda_setup import PIECE_BYTES, Abilities, Registration
@@ -27,6 +30,7 @@ from kvstore.errors import InvalidBlock, KVStoreError
 
 if TYPE_CHECKING:
     from kvstore.client.client import Session
+    from kvstore.client.direct import Ring
     from kvstore.client.grant import Grant
     from kvstore.client.reservation import Reservation
 
@@ -114,6 +118,35 @@ class Copier:
         if not self._copied(arena, fragments, Direction.LOAD, streams, keep, deadline, undo, near):
             return False
         return grant.release()
+
+    def take(
+        self,
+        arena: Arena,
+        device: int,
+        targets: Any,
+        sources: Any,
+        size: int,
+        *,
+        ring: Ring,
+        deadline: float,
+        streams: Sequence[int] = (LEGACY_STREAM,),
+        keep: Any = None,
+    ) -> bool:
+        """Copy pieces of `size` bytes from a ring to a device: int64 arrays of addresses. False:
+        throw the copy away. Parameters as of `store`."""
+        self._pin(ring, device)
+        nothing = np.empty(0, np.int64)
+        near = Near(targets, sources, np.full(len(targets), size, np.int64), plain=True)
+        return self._copied(
+            arena,
+            Fragments(device, nothing, nothing, nothing),
+            Direction.LOAD,
+            streams,
+            (keep, ring),
+            deadline,
+            lambda: None,
+            near,
+        )
 
     def part(self, session: Session, device: int) -> Part | None:
         """The daemon's part of this device's memory, if it has one that can be opened."""
@@ -241,6 +274,17 @@ class Copier:
                 arena.on_close(lambda: self._registrations.pop(arena, None))
             return found
 
+    def _pin(self, ring: Ring, number: int) -> None:
+        """Let a device reach a ring without a detour, where it can, until the ring is gone."""
+        device = self._state(number).device
+        with self._lock:
+            if number in ring.registered:
+                return
+            ring.registered.add(number)
+            with contextlib.suppress(Exception), device.current():
+                device.register(ring.address, ring.slot_bytes * ring.slots)
+                weakref.finalize(ring, _unpin, device, ring.address)
+
     def _leave(self, transfer: Transfer, then: Callable[[], object]) -> None:
         """Leave a copy to itself, and what follows it to a thread."""
         transfer.cancel()
@@ -304,6 +348,11 @@ def default_copier() -> Copier:
             f"buffers in CUDA memory take cupy and a driver ({error}): pip install "
             "'kvstore[gpu]', or copy them to the host first"
         ) from None
+
+
+def _unpin(device: Device, address: int) -> None:
+    with contextlib.suppress(Exception), device.current():
+        device.unregister(address)
 
 
 def _check(fragments: Fragments, arena: Arena) -> None:

@@ -28,16 +28,18 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Near:
-    """Copies within a device: three int64 arrays of one length, addresses and bytes."""
+    """Copies within a device, or with `plain` from host memory that may not be registered: three
+    int64 arrays of one length, addresses and bytes."""
 
     targets: Any
     sources: Any
     lengths: Any
+    plain: bool = False
 
     def steps(self, arena_address: int, *, batches: bool) -> list[Step]:
         """The same as steps of a transfer from an arena that begins at this address."""
         offsets, count = self.sources - arena_address, len(self.targets)
-        many = batches and count >= BATCH_COUNT_MIN
+        many = batches and not self.plain and count >= BATCH_COUNT_MIN
         size = BATCH_COUNT_MAX if many else 1
         way = Way.BATCH if many else Way.PLAIN
         return [

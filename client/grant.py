@@ -42,6 +42,22 @@ class Grant:
         """How many blocks were found in which tier."""
         return count_tiers(self._reply.tiers)
 
+    def tiers_of(self, count: int) -> Counter[str]:
+        """The same of so many leading blocks."""
+        return self.tiers if count == self.length else count_tiers(self._reply.tiers[:count])
+
+    @property
+    def in_tiers(self) -> bytes:
+        """The tier of each block, as a number: see `types.TIERS`."""
+        tiers: bytes = self._reply.tiers
+        return tiers
+
+    @property
+    def beside(self) -> bytes:
+        """Of a direct request, where the blocks in tier "nvme" are there, and their sums."""
+        packed: bytes = self._reply.beside
+        return packed
+
     @functools.cached_property
     def stop(self) -> str:
         """Why the grant is not longer."""

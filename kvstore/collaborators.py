@@ -33,6 +33,16 @@ class Hands(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class NvmePlaces:
+    """Where the files of the NVMe tier are, for clients that read blocks there themselves."""
+
+    paths: Sequence[str]
+    slab_bytes: int
+    header_bytes: int
+    engine: str  # the faster one of "gds" and "posix" into device memory
+
+
+@dataclasses.dataclass(frozen=True)
 class ServiceInfo:
     """What a client is told when it attaches."""
 
@@ -43,6 +53,7 @@ class ServiceInfo:
     arena_bytes: int
     arena_inode: int
     gpus: Sequence[tuple[str, int, bytes]] = ()  # of each: PCI address, bytes, handle
+    nvme: NvmePlaces | None = None
 
 
 class Doors(Protocol):

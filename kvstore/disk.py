@@ -23,7 +23,7 @@ from kvstore.hands import describe
 from kvstore.index import Index, Loaded
 from kvstore.store import Store
 from kvstore.tiers.faults import FaultPlan, FaultyTier
-from kvstore.tiers.nvme import NvmeFiles
+from kvstore.tiers.nvme import FILE_NAME, NvmeFiles
 from kvstore.types import Layout
 
 log = structlog.get_logger()
@@ -31,14 +31,15 @@ log = structlog.get_logger()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiskConfig:
-    """Where a tenant's NVMe files are. `size_bytes` is the sum over all folders, `faults` what goes
-    wrong on purpose."""
+    """Where a tenant's NVMe files are. `size_bytes` is the sum over all folders, `gid` the group
+    that may read them, `faults` what goes wrong on purpose."""
 
     tenant: str
     folders: tuple[Path, ...]
     size_bytes: int
     slab_bytes: int
     sync_interval_s: float
+    gid: int | None = None
     faults: FaultPlan | None = None
 
 
@@ -54,12 +55,20 @@ class Disk:
         self.index: Index | None = None
         self.capacity_bytes = config.size_bytes
 
+    @property
+    def paths(self) -> list[Path]:
+        """Of the files, in order."""
+        return [folder / FILE_NAME for folder in self._config.folders]
+
     def open(self) -> None:
         """Open files and index, and hand what they hold to `opened`. OSError when that fails."""
         config = self._config
         for folder in config.folders:
             _make_durably(folder)
-        files = NvmeFiles.open(config.folders, config.size_bytes, config.slab_bytes)
+            if config.gid is not None:
+                os.chown(folder, -1, config.gid)
+                folder.chmod(0o710)
+        files = NvmeFiles.open(config.folders, config.size_bytes, config.slab_bytes, gid=config.gid)
         tier = files if config.faults is None else FaultyTier(files, config.faults)
         try:
             index = Index(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from kvstore.catalog import LayoutEntry
 from kvstore.limits import Bucket, Credit
+from kvstore.types import NVME
 
 NO_SESSION = 0
 SEVERAL = 0xFFFFFFFF  # in place of a session's number: any of them may be meant
@@ -14,7 +15,8 @@ SEVERAL = 0xFFFFFFFF  # in place of a session's number: any of them may be meant
 class ReadLease:
     """The right to read blocks, in prefix order. All of `blocks` are pinned.
 
-    `ready` counts the leading blocks whose bytes are in DRAM. Until `answered`, blocks after them
+    `ready` counts the leading blocks whose bytes are where they are to be read: in DRAM, but for
+    `direct` ones. Until `answered`, blocks after them
     may still be on their way, and the lease may be cut.
     """
 
@@ -24,6 +26,7 @@ class ReadLease:
         "blocks",
         "context",
         "devices",
+        "direct",
         "enough",
         "entry",
         "keys",
@@ -52,12 +55,19 @@ class ReadLease:
         self.parked = False  # it was answered by: ask again when there is room
         self.context: Sequence[bytes] = ()  # keys that the blocks continue
         self.devices: Sequence[int] = ()  # where the reader wants each shard, if not in DRAM
+        self.direct = False  # blocks on NVMe are read there: `tiers` says which
         self.keys: Sequence[bytes] = ()  # that are asked for
         self.asked = 0
         self.tokens_per_s = 0.0
         self.slow = 0  # blocks that were on NVMe, once answered
         self.missed = 0  # keys that count as missed, once answered
         self.why = ""  # they did, where it is not that they are nowhere
+
+    def beside(self) -> list[int]:
+        """The blocks that are read on NVMe, and never come to DRAM for this lease."""
+        if not self.direct:
+            return []
+        return [block for block, tier in zip(self.blocks, self.tiers, strict=True) if tier == NVME]
 
 
 class WriteLease:

@@ -48,11 +48,13 @@ class Reads:
         context: Sequence[bytes] = (),
         devices: Sequence[int] = (),
         poll: bool = False,
+        direct: bool = False,
     ) -> ReadLease:
         """A read lease on the longest prefix that is in DRAM or can be brought there. `context` are
         keys that the list continues; they are not asked for. `devices` name the GPU that each shard
         is wanted on, by its number in the tier. With `poll` the caller, who does not wait, asks
-        again for what is on its way.
+        again for what is on its way. With `direct` nothing is brought anywhere: what is on NVMe
+        alone is granted there, at once.
 
         When `lease.answered` is true the answer is final; else it comes among `orders.answers`, or
         from `cut`. A lease answered without blocks is over already. With `wait`, one that is
@@ -72,20 +74,10 @@ class Reads:
         lease.tokens_per_s = tokens_per_s
         lease.context = context
         lease.devices = devices
+        lease.direct = direct
         patient = wait and allowed == asked
-        blocks, seen = self._resident(entry, keys)
-        lease.blocks = blocks
-        pins = self.catalog.pins
-        for block in blocks:
-            pins[block] += 1
-        lease.ready = len(blocks)
-        lease.stop = END if len(keys) == asked else NO_ROOM
-        if lease.ready < len(keys):
-            seen |= FRESH
-            self._climb(lease, keys, now, tokens_per_s=tokens_per_s)
-            if not wait and lease.ready < len(lease.blocks):
-                self._shorten(lease, lease.ready, PENDING if poll else LATE)
-        lease.tiers = self._tiers(blocks) if seen & FRESH else b"\1" * len(blocks)
+        self._find(lease, now, wait=wait, poll=poll)
+        blocks = lease.blocks
         lease.enough = min(enough or len(blocks), len(blocks))
         session.leases[lease.number] = lease
         if patient and lease.stop == NO_ROOM and not blocks and self.placement.room_will_come:
@@ -94,6 +86,25 @@ class Reads:
         elif lease.ready >= lease.enough:
             self._answer(lease, PENDING if lease.ready < len(blocks) else lease.stop)
         return lease
+
+    def _find(self, lease: ReadLease, now: float, *, wait: bool, poll: bool) -> None:
+        """Give a new lease its blocks, pinned, and say in which tiers they are."""
+        keys, pins = lease.keys, self.catalog.pins
+        blocks, seen = self._resident(lease.entry, keys)
+        lease.blocks = blocks
+        for block in blocks:
+            pins[block] += 1
+        lease.ready = len(blocks)
+        lease.stop = END if len(keys) == lease.asked else NO_ROOM
+        if lease.direct:
+            self._reach(lease)
+            return
+        if lease.ready < len(keys):
+            seen |= FRESH
+            self._climb(lease, keys, now, tokens_per_s=lease.tokens_per_s)
+            if not wait and lease.ready < len(blocks):
+                self._shorten(lease, lease.ready, PENDING if poll else LATE)
+        lease.tiers = self._tiers(blocks) if seen & FRESH else b"\1" * len(blocks)
 
     def _resident(self, entry: LayoutEntry, keys: Sequence[bytes]) -> tuple[list[int], int]:
         """The blocks of the longest prefix that is in DRAM, and the flags of any of them."""
@@ -122,7 +133,7 @@ class Reads:
         if not isinstance(lease, ReadLease) or not lease.answered:
             return False
         del session.leases[number]
-        self.placement.room.unpin(lease.blocks)
+        self._let_go(lease)
         return True
 
     def finished(self, move: Move, outcome: Outcome, now: float) -> None:
@@ -163,7 +174,13 @@ class Reads:
             if waiting and lease in waiting:
                 waiting.remove(lease)
         lease.answered = True
-        self.placement.room.unpin(lease.blocks)
+        self._let_go(lease)
+
+    def _let_go(self, lease: ReadLease) -> None:
+        room = self.placement.room
+        for block in lease.beside():
+            room.unhold(block)
+        room.unpin(lease.blocks)
 
     def _climb(
         self,
@@ -200,6 +217,35 @@ class Reads:
                 self._waiting.setdefault(block, []).append(lease)
         lease.blocks += chain
         self._advance(lease)
+
+    def _reach(self, lease: ReadLease) -> None:
+        """Lengthen a direct lease by blocks that are in DRAM or on NVMe, wherever they are."""
+        flags, sums, get = self.catalog.flags, self.catalog.sums, lease.entry.index.get
+        stored = STORED if self.placement.health.ok else 0
+        chain: list[int] = []
+        for key in lease.keys[lease.ready :]:
+            block = get(key)
+            kind = 0 if block is None else flags[block]
+            beside = kind & stored and not kind & WRITING
+            if block is None or not (
+                kind & PROVEN == READY or (beside and sums[block] is not None)
+            ):
+                lease.stop = PENDING if kind & (UNPROVEN | LOADING) else ABSENT
+                break
+            chain.append(block)
+        worth = self._worth(lease.entry, chain, lease.tokens_per_s)
+        if worth < len(chain):
+            del chain[worth:]
+            lease.stop = TOO_SLOW
+        for block in chain:
+            self.catalog.pins[block] += 1
+        lease.blocks += chain
+        lease.ready = len(lease.blocks)
+        lease.tiers = bytes(
+            DRAM if flags[block] & PROVEN == READY else NVME for block in lease.blocks
+        )
+        for block in lease.beside():
+            self.placement.room.hold(block)
 
     def _load(self, lease: ReadLease, chain: list[int], held: list[int], now: float) -> None:
         """Order or join the loads of a chain, and cut it where no more fits."""
@@ -278,7 +324,7 @@ class Reads:
         lease.stop = stop
         lease.answered = True
         flags, blocks = self.catalog.flags, lease.blocks
-        if lease.tiers.count(NVME):
+        if lease.tiers.count(NVME) and not lease.direct:
             for block in blocks:
                 flags[block] &= ~FRESH
         if lease.devices:
@@ -304,7 +350,9 @@ class Reads:
         counters.hbm.hits += on_devices
         counters.hbm.read_bytes += on_devices * size
         counters.dram.hits += hit - slow - on_devices
-        counters.dram.read_bytes += (hit - on_devices) * size
+        beside = len(lease.beside())
+        counters.nvme.read_bytes += beside * size
+        counters.dram.read_bytes += (hit - on_devices - beside) * size
         tokens = hit * lease.entry.layout.block_tokens
         counters.saved_tokens += tokens
         if lease.tokens_per_s > 0:

@@ -8,6 +8,7 @@ door gave along. After sending an answer the door calls `settle`, for what can w
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import secrets
 import time
@@ -32,6 +33,7 @@ from kvstore.errors import (
     TooLarge,
 )
 from kvstore.leases import ReadLease, Session
+from kvstore.mirror import NO_OFFSET
 from kvstore.orders import Move, MoveKind, Outcome
 from kvstore.parking import LATER, Parking, bounded
 from kvstore.protos import kvstore_pb2 as pb
@@ -39,7 +41,7 @@ from kvstore.reads import LATE
 from kvstore.recorder import Recording
 from kvstore.store import Store
 from kvstore.tidings import Tidings
-from kvstore.types import SLOT_ALIGNMENT, Layout
+from kvstore.types import NVME, SLOT_ALIGNMENT, Layout
 from kvstore.verification import Verification
 from kvstore.writes import REFUSED, Reserved
 
@@ -134,6 +136,7 @@ class Service:
             session=session.number,
             token=session.token,
             gpus=[pb.GpuArena(bus=bus, bytes=size, handle=held) for bus, size, held in info.gpus],
+            nvme=pb.NvmeFiles(**dataclasses.asdict(info.nvme)) if info.nvme else None,
         )
 
     def detach(self, session: Session) -> list[int]:
@@ -403,6 +406,7 @@ class Service:
             context=keys[:skip],
             devices=request.gpus,
             poll=request.poll,
+            direct=request.direct and self.info.nvme is not None,
         )
         if lease.parked:
             return None
@@ -424,7 +428,12 @@ class Service:
         )
 
     def _grant(self, lease: ReadLease) -> Any:
-        dram = self.store.catalog.dram
+        catalog, beside = self.store.catalog, lease.beside()
+        dram = catalog.dram
+        offsets = [dram[block] << 12 for block in lease.blocks]
+        if beside:
+            for at, tier in enumerate(lease.tiers):
+                offsets[at] = NO_OFFSET if tier == NVME else offsets[at]
         placement = self.store.placement
         rate = placement.load_bytes_per_s
         estimate = lease.entry.slot_bytes * max(1, placement.loads) / rate if rate else 0.0
@@ -432,10 +441,14 @@ class Service:
             lease=lease.number if lease.blocks else 0,
             length=len(lease.blocks),
             tiers=lease.tiers,
-            offsets=array("Q", [dram[block] << 12 for block in lease.blocks]).tobytes(),
+            offsets=array("Q", offsets).tobytes(),
             stop=lease.stop,  # type: ignore[arg-type]  # its number
             estimate_s=estimate,
             copies=placement.mirror.offsets(lease),
+            beside=b"".join(
+                (catalog.nvme[block] << 12).to_bytes(8, "little") + (catalog.sums[block] or b"")
+                for block in beside
+            ),
         )
 
     def _acquire_late(self, lease: ReadLease) -> None:

@@ -18,7 +18,7 @@ import structlog
 from kvstore import adoption, paths, sigbus
 from kvstore.adoption import adopt as adopt_dram
 from kvstore.busy_poll import BusyPoll
-from kvstore.collaborators import ServiceInfo
+from kvstore.collaborators import NvmePlaces, ServiceInfo
 from kvstore.config import Config
 from kvstore.disk import Disk, DiskConfig, adopt
 from kvstore.errors import AlreadyRunning, InvalidConfig
@@ -35,6 +35,7 @@ from kvstore.processes import Processes
 from kvstore.service import Service
 from kvstore.store import Store
 from kvstore.tiers.hbm import Gpu, HbmArena
+from kvstore.tiers.nvme import HEADER_BYTES
 from kvstore.turns import Share, Turns
 from kvstore.types import DRAM, NVME
 
@@ -257,6 +258,7 @@ class Tenant:
                     size_bytes=size_bytes,
                     slab_bytes=slab_bytes,
                     sync_interval_s=config.nvme.sync_interval,
+                    gid=self._gid,
                     faults=config.faults.plan,
                 ),
                 self._disk_opened,
@@ -287,6 +289,7 @@ class Tenant:
 
         def take_over() -> None:
             self._hands.use_index(index)
+            self._tell_clients()
             adopt(self.store, index, loaded, self.name, self._loop.time())
 
         try:
@@ -295,6 +298,13 @@ class Tenant:
             self._loop.call_soon_threadsafe(take_over)
         else:
             take_over()
+
+    def _tell_clients(self) -> None:
+        """Clients may read the files of the NVMe tier themselves: where they are."""
+        assert self._disk is not None
+        paths = list(map(str, self._disk.paths))
+        nvme = NvmePlaces(paths, self._config.slab_bytes, HEADER_BYTES, "posix")
+        self.service.info = dataclasses.replace(self.service.info, nvme=nvme)
 
 
 def _nvme_bytes(config: Config, name: str) -> int:

@@ -68,7 +68,7 @@ class AttachRequest(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., client: _Optional[str] = ..., pid: _Optional[int] = ..., join: _Optional[int] = ..., token: _Optional[bytes] = ...) -> None: ...
 
 class AttachReply(_message.Message):
-    __slots__ = ("protocol", "version", "tenant", "generation", "token", "arena_path", "arena_bytes", "arena_inode", "keys_max", "leases_max", "session", "gpus")
+    __slots__ = ("protocol", "version", "tenant", "generation", "token", "arena_path", "arena_bytes", "arena_inode", "keys_max", "leases_max", "session", "gpus", "nvme")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
@@ -81,6 +81,7 @@ class AttachReply(_message.Message):
     LEASES_MAX_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     GPUS_FIELD_NUMBER: _ClassVar[int]
+    NVME_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     version: str
     tenant: str
@@ -93,7 +94,20 @@ class AttachReply(_message.Message):
     leases_max: int
     session: int
     gpus: _containers.RepeatedCompositeFieldContainer[GpuArena]
-    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., tenant: _Optional[str] = ..., generation: _Optional[int] = ..., token: _Optional[bytes] = ..., arena_path: _Optional[str] = ..., arena_bytes: _Optional[int] = ..., arena_inode: _Optional[int] = ..., keys_max: _Optional[int] = ..., leases_max: _Optional[int] = ..., session: _Optional[int] = ..., gpus: _Optional[_Iterable[_Union[GpuArena, _Mapping]]] = ...) -> None: ...
+    nvme: NvmeFiles
+    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., tenant: _Optional[str] = ..., generation: _Optional[int] = ..., token: _Optional[bytes] = ..., arena_path: _Optional[str] = ..., arena_bytes: _Optional[int] = ..., arena_inode: _Optional[int] = ..., keys_max: _Optional[int] = ..., leases_max: _Optional[int] = ..., session: _Optional[int] = ..., gpus: _Optional[_Iterable[_Union[GpuArena, _Mapping]]] = ..., nvme: _Optional[_Union[NvmeFiles, _Mapping]] = ...) -> None: ...
+
+class NvmeFiles(_message.Message):
+    __slots__ = ("paths", "slab_bytes", "header_bytes", "engine")
+    PATHS_FIELD_NUMBER: _ClassVar[int]
+    SLAB_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HEADER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    paths: _containers.RepeatedScalarFieldContainer[str]
+    slab_bytes: int
+    header_bytes: int
+    engine: str
+    def __init__(self, paths: _Optional[_Iterable[str]] = ..., slab_bytes: _Optional[int] = ..., header_bytes: _Optional[int] = ..., engine: _Optional[str] = ...) -> None: ...
 
 class GpuArena(_message.Message):
     __slots__ = ("bus", "bytes", "handle")
@@ -232,7 +246,7 @@ class AbortReply(_message.Message):
     def __init__(self, held: bool = ...) -> None: ...
 
 class AcquireRequest(_message.Message):
-    __slots__ = ("keys", "deadline_s", "prefill_tokens_per_s", "enough", "skip", "gpus", "poll")
+    __slots__ = ("keys", "deadline_s", "prefill_tokens_per_s", "enough", "skip", "gpus", "poll", "direct")
     KEYS_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
@@ -240,6 +254,7 @@ class AcquireRequest(_message.Message):
     SKIP_FIELD_NUMBER: _ClassVar[int]
     GPUS_FIELD_NUMBER: _ClassVar[int]
     POLL_FIELD_NUMBER: _ClassVar[int]
+    DIRECT_FIELD_NUMBER: _ClassVar[int]
     keys: Keys
     deadline_s: float
     prefill_tokens_per_s: float
@@ -247,10 +262,11 @@ class AcquireRequest(_message.Message):
     skip: int
     gpus: _containers.RepeatedScalarFieldContainer[int]
     poll: bool
-    def __init__(self, keys: _Optional[_Union[Keys, _Mapping]] = ..., deadline_s: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., enough: _Optional[int] = ..., skip: _Optional[int] = ..., gpus: _Optional[_Iterable[int]] = ..., poll: bool = ...) -> None: ...
+    direct: bool
+    def __init__(self, keys: _Optional[_Union[Keys, _Mapping]] = ..., deadline_s: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., enough: _Optional[int] = ..., skip: _Optional[int] = ..., gpus: _Optional[_Iterable[int]] = ..., poll: bool = ..., direct: bool = ...) -> None: ...
 
 class AcquireReply(_message.Message):
-    __slots__ = ("lease", "length", "tiers", "offsets", "stop", "estimate_s", "copies")
+    __slots__ = ("lease", "length", "tiers", "offsets", "stop", "estimate_s", "copies", "beside")
     class Stop(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         END: _ClassVar[AcquireReply.Stop]
@@ -274,6 +290,7 @@ class AcquireReply(_message.Message):
     STOP_FIELD_NUMBER: _ClassVar[int]
     ESTIMATE_S_FIELD_NUMBER: _ClassVar[int]
     COPIES_FIELD_NUMBER: _ClassVar[int]
+    BESIDE_FIELD_NUMBER: _ClassVar[int]
     lease: int
     length: int
     tiers: bytes
@@ -281,7 +298,8 @@ class AcquireReply(_message.Message):
     stop: AcquireReply.Stop
     estimate_s: float
     copies: bytes
-    def __init__(self, lease: _Optional[int] = ..., length: _Optional[int] = ..., tiers: _Optional[bytes] = ..., offsets: _Optional[bytes] = ..., stop: _Optional[_Union[AcquireReply.Stop, str]] = ..., estimate_s: _Optional[float] = ..., copies: _Optional[bytes] = ...) -> None: ...
+    beside: bytes
+    def __init__(self, lease: _Optional[int] = ..., length: _Optional[int] = ..., tiers: _Optional[bytes] = ..., offsets: _Optional[bytes] = ..., stop: _Optional[_Union[AcquireReply.Stop, str]] = ..., estimate_s: _Optional[float] = ..., copies: _Optional[bytes] = ..., beside: _Optional[bytes] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
     __slots__ = ("lease",)

@@ -18,7 +18,20 @@ FUNCTION_LINES_MAX = 60
 
 # Imports go down only. A floor may import its own, those below it, and the rooms named beside it.
 FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("ground", ("errors", "filesystems", "mapping", "numa", "paths", "spin", "types", "units")),
+    (
+        "ground",
+        (
+            "checksums",
+            "errors",
+            "filesystems",
+            "mapping",
+            "numa",
+            "paths",
+            "spin",
+            "types",
+            "units",
+        ),
+    ),
     (
         "core",
         (
@@ -26,7 +39,6 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "admission",
             "catalog",
             "ceiling",
-            "checksums",
             "counters",
             "curve",
             "health",
@@ -116,7 +128,7 @@ SEEN_BY_ROOM = {
     "tiers": ("filesystems", "mapping", "numa"),
     "eviction": (),
     "protos": (),
-    "client": ("protos", "errors", "mapping", "paths", "spin", "types"),
+    "client": ("protos", "checksums", "errors", "mapping", "paths", "spin", "types"),
 }
 BRAIN = (
     *(

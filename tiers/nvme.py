@@ -101,10 +101,12 @@ class NvmeFiles:
         size_bytes: int,
         slab_bytes: int,
         *,
+        gid: int | None = None,
         direct_io: DirectIO = use_direct_io,
     ) -> Self:
         """Open the files, or create them where they are missing, damaged or of another shape.
 
+        A group that is named may read them: its clients map the arena as well.
         `size_bytes` is the sum over all devices, rounded down to whole slabs on each.
         Raises ValueError when that is no slab at all, OSError naming the path when a folder is
         missing or full, the device fails, or another process has the files open.
@@ -120,6 +122,9 @@ class NvmeFiles:
             for number, folder in enumerate(folders):
                 shape = _Shape(number, len(folders), slab_bytes, HEADER_BYTES + slabs * slab_bytes)
                 devices.append(_open_device(folder / FILE_NAME, shape, direct_io, warnings))
+                if gid is not None:
+                    os.fchown(devices[-1].file, -1, gid)
+                os.fchmod(devices[-1].file, 0o600 if gid is None else 0o640)
         except BaseException:
             for device in devices:
                 os.close(device.file)

@@ -65,7 +65,8 @@ class Reader:
     lease: ReadLease
     names: list[Name]
     floor: list[int]  # for each key, when it was last forgotten
-    granted: list[tuple[int, Bytes]] | None = None
+    granted: list[tuple[int | None, Bytes]] | None = None  # page in DRAM
+    beside: list[tuple[int, Bytes]] = dataclasses.field(default_factory=list)  # page on NVMe
     copies: list[tuple[int, int, Token]] = dataclasses.field(default_factory=list)
 
 
@@ -106,9 +107,13 @@ class Books:
 
     def committed(self, name: Name, content: Bytes) -> None:
         """A client was told that these bytes are stored under the name. They replace what is there,
-        but for a copy on NVMe that is being checked; what was forgotten some may still wait for."""
+        but for a copy on NVMe that is being checked or read; what was forgotten some may still wait
+        for."""
         known, floor = self.ever.setdefault(name, {}), self.forgotten.get(name, -1)
-        if not any((m.block, m.key) == (self._block(name), name[1]) for m in self.pending):
+        read = any(name in reader.names and reader.beside for reader in self.readers)
+        if not read and not any(
+            (m.block, m.key) == (self._block(name), name[1]) for m in self.pending
+        ):
             for old in [old for old, step in known.items() if step > floor]:
                 del known[old]
         known[content] = self.step
@@ -185,8 +190,12 @@ class Books:
 
     def _check_bytes(self) -> None:
         for reader in self.readers:
-            for page, content in reader.granted or ():
-                assert tuple(self.dram[page]) == content, "bytes changed under a read lease"
+            for page, content in reader.beside:
+                assert self.nvme[page] == content, "bytes on NVMe changed under a read lease"
+            for there, content in reader.granted or ():
+                assert there is None or tuple(self.dram[there]) == content, (
+                    "bytes changed under a read lease"
+                )
             for device, page, copy in reader.copies:
                 if self.store.placement.mirror.devices[device].ok:
                     assert self.hbm[device, page] == copy, "a copy changed under a read lease"
@@ -218,7 +227,8 @@ class Books:
         assert len(set(places)) == len(places), "two writers of one place"
         writing = {page for page, _ in places} | set(self.partial)
         loading = {move.dram for move in self.pending if move.kind in WILL_LOAD}
-        leased = {page for reader in self.readers for page, _ in reader.granted or ()}
+        granted = {page for reader in self.readers for page, _ in reader.granted or ()}
+        leased = {page for page in granted if page is not None}
         committed = {page for page, (state, _) in self.table.items() if state == "committed"}
         for one, other in ((writing, loading), (writing, leased), (loading, leased)):
             assert not one & other, "a slot has two holders"

@@ -227,6 +227,7 @@ class Seeded:
             context=context,
             devices=wanted,
             poll=self.chance.random() < 0.3,
+            direct=self.chance.random() < 0.2,
         )
 
     def _cut(self) -> None:

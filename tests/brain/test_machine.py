@@ -135,6 +135,7 @@ class Machine(RuleBasedStateMachine):
         skip=context_length,
         twice=st.booleans(),
         seats=st.none() | st.lists(place, min_size=3, max_size=3),
+        direct=st.booleans(),
     )
     def acquire(
         self,
@@ -147,6 +148,7 @@ class Machine(RuleBasedStateMachine):
         skip: int,
         twice: bool,
         seats: list[int] | None,
+        direct: bool,
     ) -> None:
         layout, there = self.layout(what), len(self.world.store.placement.mirror.devices)
         shards = self.world.entries[layout].layout.shards
@@ -162,6 +164,7 @@ class Machine(RuleBasedStateMachine):
             tokens_per_s=speed,
             context=keys[:skip],
             devices=[at % there for at in seats[:shards]] if seats and there else (),
+            direct=direct,
         )
 
     @precondition(lambda self: self.world.readers)
@@ -275,6 +278,7 @@ def test_the_runs_went_everywhere() -> None:
         "hbm failed",
         "hbm room",
         "hit in hbm",
+        "read beside DRAM",
         "hit on nvme",
         "idle parts given up",
         "joined a load in flight",

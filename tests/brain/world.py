@@ -18,7 +18,7 @@ from kvstore.orders import IndexPut, Move, MoveKind, Outcome
 from kvstore.placement import PlacementConfig
 from kvstore.reads import LATE, STOP_NAMES
 from kvstore.store import Store
-from kvstore.types import SLOT_ALIGNMENT, Layout
+from kvstore.types import NVME, SLOT_ALIGNMENT, Layout
 from kvstore.writes import NEW, PRESENT, REFUSED, Reserved
 from tests.brain.books import (
     JUNK,
@@ -224,6 +224,7 @@ class World(Books):
         context: Sequence[bytes] = (),
         devices: Sequence[int] = (),
         poll: bool = False,
+        direct: bool = False,
     ) -> Reader | None:
         entry = self.entries[number]
         head = [key for key in context if self.store.lookup(entry, [key]) == b"\1"]
@@ -242,6 +243,7 @@ class World(Books):
                 context=context,
                 devices=devices,
                 poll=poll,
+                direct=direct,
             )
         except LimitExceeded:
             assert len(session.leases) == self.store.limits.leases_per_session
@@ -452,11 +454,18 @@ class World(Books):
             return
         reader.granted = []
         for at, block in enumerate(lease.blocks):
-            page = self.store.catalog.dram[block]
-            content: Bytes = tuple(self.dram[page])
+            page: int | None = self.store.catalog.dram[block]
+            if lease.direct and lease.tiers[at] == NVME:
+                content = self.nvme[self.store.catalog.nvme[block]]
+                reader.beside.append((self.store.catalog.nvme[block], content))
+                assert self.store.catalog.sums[block] == sums_of(content)
+                page = None
+            else:
+                content = tuple(self.dram[self.store.catalog.dram[block]])
             name = reader.names[at]
             assert self.is_true(name, content, reader.floor[at]), "wrong bytes were handed out"
             reader.granted.append((page, content))
+        self.marks["read beside DRAM"] += bool(reader.beside)
         self.marks["hit on nvme"] += 2 in lease.tiers
         self.granted_copies(reader)
 

@@ -1,0 +1,129 @@
+"""From a grant to a caller's buffers: blocks in DRAM, on the caller's GPU, or left on NVMe."""
+
+from __future__ import annotations
+
+import dataclasses
+from array import array
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvstore.client.arena import copy
+from kvstore.client.grant import Grant
+from kvstore.client.places import Places
+
+if TYPE_CHECKING:
+    from kvstore.client.cuda import Copier, DeviceBuffers
+    from kvstore.client.direct import DirectFiles, Ring, Wanted
+    from kvstore.types import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class CopyOut:
+    """Of one get: where to, which shard, and by when (monotonic) a device must have done it."""
+
+    layout: Layout
+    targets: list[int] | DeviceBuffers
+    shard: int | None
+    copied_by: float
+    copier: Copier | None
+
+    def all(self, grant: Grant, first: int) -> bool:
+        """Copy a grant to the targets from `first` on, and release it. False: throw it away."""
+        part = slice(first, first + grant.length)
+        if isinstance(self.targets, list):
+            with grant:
+                grant.places.copy_out(self.targets[part], self.shard)
+            return grant.release()
+        assert self.copier is not None, "found with the buffers"
+        far, near = self._on_device(grant, grant.places, list(range(grant.length)), first)
+        return self.copier.load(
+            grant,
+            far,
+            deadline=self.copied_by,
+            streams=self.targets.streams,
+            keep=self.targets.buffers,
+            near=near,
+        )
+
+    def direct(
+        self, grant: Grant, hashes: Sequence[bytes], first: int, files: DirectFiles, by: float
+    ) -> int:
+        """The same of a grant some blocks of which are read on NVMe, by a time; returns how many
+        leading blocks are good."""
+        from kvstore.client.direct import wanted
+
+        beside = wanted(grant, self.layout, hashes[first : first + grant.length], self.shard)
+        with grant:
+            good = self._from_files(grant, first, beside, files, by)
+            there = [at for at in range(good) if at not in beside]
+            if there and not self._from_arena(grant, there, first):
+                return min(there)
+            return good if grant.release() else 0
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _from_files(
+        self, grant: Grant, first: int, beside: dict[int, Wanted], files: DirectFiles, by: float
+    ) -> int:
+        """Before which block it ended."""
+        order = sorted(beside)
+        done, most = 0, 1 if isinstance(self.targets, list) else len(order)
+        for addresses, ring in files.groups([beside[at] for at in order], most, by):
+            group = order[done : done + len(addresses)]
+            if not self._take(grant, [first + at for at in group], addresses, ring):
+                break
+            done += len(addresses)
+        return order[done] if done < len(order) else grant.length
+
+    def _take(self, grant: Grant, to: Sequence[int], addresses: Sequence[int], ring: Ring) -> bool:
+        targets = self.targets
+        size = self.layout.block_bytes if self.shard is None else self.layout.shard_bytes
+        if isinstance(targets, list):
+            for at, address in zip(to, addresses, strict=True):
+                copy(targets[at], address, size)
+            return True
+        assert self.copier is not None, "found with the buffers"
+        return self.copier.take(
+            grant.session.arena,
+            targets.device,
+            targets.addresses[list(to)],
+            np.asarray(addresses, np.int64),
+            size,
+            ring=ring,
+            deadline=self.copied_by,
+            streams=targets.streams,
+            keep=targets.buffers,
+        )
+
+    def _from_arena(self, grant: Grant, there: list[int], first: int) -> bool:
+        offsets = array("Q", [grant.places.offsets[at] for at in there])
+        places = Places(grant.session.arena, self.layout, offsets.tobytes())
+        targets = self.targets
+        if isinstance(targets, list):
+            places.copy_out([targets[first + at] for at in there], self.shard)
+            return True
+        assert self.copier is not None, "found with the buffers"
+        far, near = self._on_device(grant, places, there, first)
+        return self.copier.load(
+            grant,
+            far,
+            deadline=self.copied_by,
+            streams=targets.streams,
+            keep=targets.buffers,
+            near=near,
+        )
+
+    def _on_device(
+        self, grant: Grant, places: Places, which: Sequence[int], first: int
+    ) -> tuple[Any, Any]:
+        """Fragments from the arena, and copies within the device, of these blocks of the grant."""
+        targets = self.targets
+        assert self.copier is not None and not isinstance(targets, list)
+        copies = grant.copies[self.shard or 0 :: self.layout.shards]
+        return targets.split(
+            targets.fragments(places, self.shard, [first + at for at in which]),
+            [copies[at] for at in which],
+            self.copier.part(grant.session, targets.device),
+        )
