@@ -22,6 +22,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "ground",
         (
             "checksums",
+            "device_sums",
             "errors",
             "filesystems",
             "mapping",
