@@ -27,7 +27,7 @@ DOOMED = 32  # forgotten, but its slots are still in use: freed with the last ho
 FRESH = 64  # loaded for an acquire that has not been answered yet
 TWICE = 128  # asked for again since it was stored
 UNPROVEN = 256  # READY, but found after a restart: checked against its checksum before it is read
-HIT = 512  # granted since it came to DRAM, to an engine that wants it on a device
+HIT = 512  # granted to an engine that wants it on a device, since it came where it was read
 
 
 class LayoutEntry:

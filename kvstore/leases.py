@@ -29,6 +29,7 @@ class ReadLease:
         "direct",
         "enough",
         "entry",
+        "held",
         "keys",
         "missed",
         "number",
@@ -56,6 +57,7 @@ class ReadLease:
         self.context: Sequence[bytes] = ()  # keys that the blocks continue
         self.devices: Sequence[int] = ()  # where the reader wants each shard, if not in DRAM
         self.direct = False  # blocks on NVMe are read there: `tiers` says which
+        self.held: Sequence[int] = ()  # blocks of a direct lease that are not read in DRAM
         self.keys: Sequence[bytes] = ()  # that are asked for
         self.asked = 0
         self.tokens_per_s = 0.0
@@ -64,8 +66,8 @@ class ReadLease:
         self.why = ""  # they did, where it is not that they are nowhere
 
     def beside(self) -> list[int]:
-        """The blocks that are read on NVMe, and never come to DRAM for this lease."""
-        if not self.direct:
+        """Those of the blocks `held` that are read on NVMe."""
+        if not self.held:
             return []
         return [block for block, tier in zip(self.blocks, self.tiers, strict=True) if tier == NVME]
 

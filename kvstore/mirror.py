@@ -1,9 +1,10 @@
 """The HBM tier of one tenant: copies of blocks in the memory of GPUs. Part of the brain.
 
 An engine says on which device each shard of its blocks is wanted. Blocks that it is granted again
-and again are copied there. DRAM keeps every block that has a copy: so a copy may go whenever nobody
-reads it, an engine that cannot read one has the block all the same, and with a device nothing is
-lost. A copy goes with the block in DRAM at the latest.
+and again are copied there: from DRAM, or from NVMe where a direct request left them. DRAM or NVMe
+keeps every block that has a copy: so a copy may go whenever nobody reads it, an engine that cannot
+read one has the block all the same, and with a device nothing is lost. A copy goes when the block
+has left both.
 
 A device serves one shard of a layout: the one that was asked of it first.
 """
@@ -12,9 +13,9 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from kvstore.catalog import DOOMED, HIT, NOWHERE, READY, LayoutEntry
+from kvstore.catalog import DOOMED, HIT, NOWHERE, READY, STORED, LayoutEntry
 from kvstore.errors import InvalidRequest
 from kvstore.eviction.base import Policy
 from kvstore.leases import ReadLease
@@ -22,7 +23,7 @@ from kvstore.orders import Move, MoveKind, Outcome
 from kvstore.room import Room
 from kvstore.scrub import Scrub
 from kvstore.slots import Slots
-from kvstore.types import DRAM, HBM, NO_GPU, SLOT_ALIGNMENT, slot_bytes_of
+from kvstore.types import DRAM, HBM, NO_GPU, NVME, SLOT_ALIGNMENT, slot_bytes_of
 
 CLIMBS_MAX = 64  # copies under way to one device
 LOOKED_AT_MAX = 64  # blocks passed over while looking for one that may go
@@ -49,14 +50,22 @@ class Seats:
 class Mirror:
     """Copies on the devices of one tenant; `sizes` in bytes, one for each."""
 
-    def __init__(self, room: Room, scrub: Scrub, sizes: Sequence[int], slab_bytes: int) -> None:
+    def __init__(
+        self,
+        room: Room,
+        scrub: Scrub,
+        damaged: Callable[[int], None],
+        sizes: Sequence[int],
+        slab_bytes: int,
+    ) -> None:
         self._room = room
         self._scrub = scrub
+        self._damaged = damaged  # told of blocks whose bytes on NVMe were others
         self.catalog = room.catalog
         self.devices = [Seats(number, Slots(size, slab_bytes)) for number, size in enumerate(sizes)]
         self._pinned: Counter[int] = Counter()
         if sizes:
-            room.left_dram = self._left
+            room.left = self._left
 
     @property
     def capacity_bytes(self) -> int:
@@ -94,12 +103,13 @@ class Mirror:
     # -- granting ------------------------------------------------------------------------------
 
     def mark(self, lease: ReadLease) -> None:
-        """Of the blocks that were found in DRAM, those that are on the lease's devices count as
-        found in HBM. They stay there while the lease lasts."""
+        """Of the blocks that were found in DRAM, or left on NVMe, those that are on the lease's
+        devices count as found in HBM. They stay there while the lease lasts."""
         wanted = [seats for seats in self._wanted(lease) if seats is not None]
         if wanted:
+            found = (DRAM, NVME) if lease.direct else (DRAM,)
             lease.tiers = bytes(
-                HBM if tier == DRAM and all(seats.has(block) for seats in wanted) else tier
+                HBM if tier in found and all(seats.has(block) for seats in wanted) else tier
                 for block, tier in zip(lease.blocks, lease.tiers, strict=True)
             )
 
@@ -133,9 +143,11 @@ class Mirror:
     def asked(self, lease: ReadLease, now: float) -> None:
         """Done after answering: what was granted for the second time climbs."""
         flags, entry, devices = self.catalog.flags, lease.entry, lease.devices
-        again = [block for block in lease.blocks if flags[block] & (HIT | READY) == HIT | READY]
-        for block in lease.blocks:
-            flags[block] |= HIT if flags[block] & READY else 0
+        source = READY | STORED if lease.direct else READY
+        there = [block for block in lease.blocks if flags[block] & source]
+        again = [block for block in there if flags[block] & HIT]
+        for block in there:
+            flags[block] |= HIT
         for shard, number in enumerate(devices):
             if number == NO_GPU:
                 continue
@@ -155,7 +167,7 @@ class Mirror:
                     break
 
     def _climb(self, seats: Seats, entry: LayoutEntry, block: int, now: float) -> bool:
-        """Order a copy; False when there is no room for it."""
+        """Order a copy, from NVMe if it is not in DRAM; False when there is no room for it."""
         catalog, size = self.catalog, slot_bytes_of(entry.layout.shard_bytes)
         taken = seats.slots.take(size, [block])
         if not taken and self._make_room(seats, size, now):
@@ -169,14 +181,17 @@ class Mirror:
         seats.slots.touched[seats.slots.slab_of(taken[0])] = now
         catalog.pins[block] += 1
         self._pinned[block] += 1
+        in_dram = catalog.flags[block] & READY
+        if not in_dram:
+            self._room.hold(block)
         self._room.orders.moves.append(
             Move(
                 MoveKind.CLIMB,
                 block,
                 entry,
                 key,
-                catalog.dram[block],
-                NOWHERE,
+                catalog.dram[block] if in_dram else NOWHERE,
+                NOWHERE if in_dram else catalog.nvme[block],
                 catalog.sums[block],
                 proof=catalog.proofs.get(block, 0),
                 hbm=taken[0],
@@ -225,6 +240,9 @@ class Mirror:
         self._pinned[block] -= 1
         if not self._pinned[block]:
             del self._pinned[block]
+        from_nvme = move.dram == NOWHERE
+        if from_nvme:
+            self._room.unhold(block)
         if seats.ok:
             seats.climbing.discard(block)
             if outcome is Outcome.DONE:
@@ -238,9 +256,13 @@ class Mirror:
                 seats.slots.give_back([seats.page_of.pop(block)])
         if outcome is Outcome.FAILED and seats.ok:
             counters.failed += 1
-            self.fence(move.device)
-        if outcome is Outcome.CORRUPT and flags[block] & READY:
-            self._scrub.spoilt(block)
+            if not from_nvme:  # else it may have been the drive: whoever uses that next will see
+                self.fence(move.device)
+        if outcome is Outcome.CORRUPT:
+            if from_nvme:
+                self._damaged(block)
+            elif flags[block] & READY:
+                self._scrub.spoilt(block)
         if flags[block] & DOOMED:
             self._room.reap([block])
         self._room.orders.room = True
@@ -259,10 +281,16 @@ class Mirror:
     # -- leaving -------------------------------------------------------------------------------
 
     def _left(self, blocks: Sequence[int]) -> None:
-        """Blocks have left DRAM: nobody holds them."""
+        """Blocks have left a tier: the copies of those that are in none are no use, and nobody
+        holds them."""
+        flags = self.catalog.flags
         for seats in self.devices:
             if seats.page_of:
-                gone = [block for block in blocks if block in seats.page_of]
+                gone = [
+                    block
+                    for block in blocks
+                    if block in seats.page_of and not flags[block] & (READY | STORED)
+                ]
                 if gone:
                     self._leave(seats, gone, "below")
 
@@ -282,7 +310,7 @@ class Mirror:
         return found
 
     def check(self) -> None:
-        """Asserts that every slot has one owner, and that copies are of what is in DRAM. For
+        """Asserts that every slot has one owner, and that copies are of what is there. For
         tests."""
         flags = self.catalog.flags
         for seats in self.devices:
@@ -292,4 +320,6 @@ class Mirror:
             known = {block for policy in seats.policies.values() for block in policy.residents()}
             assert known == seats.page_of.keys() - seats.climbing
             for block in seats.page_of:
-                assert flags[block] & (READY | DOOMED), f"block {block} has a copy of nothing"
+                assert flags[block] & (READY | STORED | DOOMED), (
+                    f"block {block} has a copy of nothing"
+                )

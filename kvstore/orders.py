@@ -19,7 +19,7 @@ class MoveKind(enum.IntEnum):
     SUM = 4  # take the checksum of a DRAM slot, and compare it where one is known
     VERIFY = 5  # read an NVMe slot and check it
     PROBE = 6  # see whether a fenced device works again
-    CLIMB = 7  # DRAM slot -> slot of a GPU
+    CLIMB = 7  # DRAM slot, or NVMe slot where `dram` is nowhere -> slot of a GPU
 
 
 class Outcome(enum.Enum):

@@ -83,7 +83,9 @@ class Placement:
         self._slotless = 0  # tries in a row that found no slot on NVMe
         self._again: list[int] = []  # could not be written; tried again at the next tick
         self.scrub = Scrub(self.room)
-        self.mirror = Mirror(self.room, self.scrub, config.hbm_bytes, config.slab_bytes)
+        self.mirror = Mirror(
+            self.room, self.scrub, self._damaged, config.hbm_bytes, config.slab_bytes
+        )
         self._admission = Admission(family)
         self.room.worth_saving = self._worth_saving
         self.room.savable = lambda: self.config.queue_depth - self.spills

@@ -178,7 +178,7 @@ class Reads:
 
     def _let_go(self, lease: ReadLease) -> None:
         room = self.placement.room
-        for block in lease.beside():
+        for block in lease.held:
             room.unhold(block)
         room.unpin(lease.blocks)
 
@@ -241,10 +241,10 @@ class Reads:
             self.catalog.pins[block] += 1
         lease.blocks += chain
         lease.ready = len(lease.blocks)
-        lease.tiers = bytes(
-            DRAM if flags[block] & PROVEN == READY else NVME for block in lease.blocks
-        )
-        for block in lease.beside():
+        lease.held = [block for block in chain if flags[block] & PROVEN != READY]
+        held = set(lease.held)
+        lease.tiers = bytes(NVME if block in held else DRAM for block in lease.blocks)
+        for block in lease.held:
             self.placement.room.hold(block)
 
     def _load(self, lease: ReadLease, chain: list[int], held: list[int], now: float) -> None:
@@ -350,7 +350,7 @@ class Reads:
         counters.hbm.hits += on_devices
         counters.hbm.read_bytes += on_devices * size
         counters.dram.hits += hit - slow - on_devices
-        beside = len(lease.beside())
+        beside = slow if lease.direct else 0
         counters.nvme.read_bytes += beside * size
         counters.dram.read_bytes += (hit - on_devices - beside) * size
         tokens = hit * lease.entry.layout.block_tokens

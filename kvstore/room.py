@@ -76,8 +76,8 @@ class Room:
         self.nvme_stay_s = STAY_S  # how long blocks that leave NVMe were not asked for, of late
         # Whether a block that leaves DRAM is worth its write to NVMe.
         self.worth_saving: Callable[[int, float], bool] = lambda block, now: True
-        # Told of blocks that have left DRAM, whose slots are free.
-        self.left_dram: Callable[[Sequence[int]], None] = lambda blocks: None
+        # Told of blocks that have left a tier, or all, before their slots are free.
+        self.left: Callable[[Sequence[int]], None] = lambda blocks: None
         self._must_save = must_save
         self.family = family
         self._policies: dict[tuple[int, int], Policy] = {}
@@ -203,7 +203,7 @@ class Room:
         ]
         if gone:
             gone = list(dict.fromkeys(gone))  # a lease may name a block twice
-            self.left_dram(gone)
+            self.left(gone)
             self.free(DRAM, gone)
             self.free(NVME, gone)
             self.catalog.drop(gone)
@@ -226,7 +226,7 @@ class Room:
         else:
             catalog.sums.clear(block for block in blocks if not flags[block] & STORED)
             self._unprove(blocks)
-            self.left_dram(blocks)
+        self.left(blocks)
         self.free(tier, blocks)
         self.settle(blocks, reason)
 

@@ -41,7 +41,7 @@ from kvstore.reads import LATE
 from kvstore.recorder import Recording
 from kvstore.store import Store
 from kvstore.tidings import Tidings
-from kvstore.types import NVME, SLOT_ALIGNMENT, Layout
+from kvstore.types import SLOT_ALIGNMENT, Layout
 from kvstore.verification import Verification
 from kvstore.writes import REFUSED, Reserved
 
@@ -431,9 +431,11 @@ class Service:
         catalog, beside = self.store.catalog, lease.beside()
         dram = catalog.dram
         offsets = [dram[block] << 12 for block in lease.blocks]
-        if beside:
-            for at, tier in enumerate(lease.tiers):
-                offsets[at] = NO_OFFSET if tier == NVME else offsets[at]
+        if held := set(lease.held):
+            offsets = [
+                NO_OFFSET if block in held else offset
+                for block, offset in zip(lease.blocks, offsets, strict=True)
+            ]
         placement = self.store.placement
         rate = placement.load_bytes_per_s
         estimate = lease.entry.slot_bytes * max(1, placement.loads) / rate if rate else 0.0

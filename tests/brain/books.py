@@ -212,6 +212,8 @@ class Books:
         for move in self.pending:
             if move.kind in (*WILL_LOAD, MoveKind.VERIFY):
                 assert sums_of(self.nvme[move.nvme]) == move.sums, "a slot changed while it is read"
+            elif move.kind in READS_DRAM and move.dram == NOWHERE:
+                assert self.nvme[move.nvme] == self.latched[id(move)], "a slot changed while read"
             elif move.kind in READS_DRAM:
                 assert tuple(self.dram[move.dram]) == self.latched[id(move)]
         filled = [move.dram for move in self.pending if move.kind in WILL_LOAD]
@@ -236,9 +238,11 @@ class Books:
         for reader in self.readers:
             pages = (catalog.dram[block] for block in reader.lease.blocks)
             leased |= {page for page in pages if page != NOWHERE}
-        spilling = {move.dram for move in self.pending if move.kind in READS_DRAM}
+        spilling = {move.dram for move in self.pending if move.kind in READS_DRAM} - {NOWHERE}
         for move in self.pending:  # a forgotten block keeps both its places while one is read
-            if move.kind is MoveKind.VERIFY and catalog.flags[move.block] & DOOMED:
+            if move.kind in (MoveKind.VERIFY, MoveKind.CLIMB) and (
+                catalog.flags[move.block] & DOOMED
+            ):
                 spilling |= {catalog.dram[move.block]} - {NOWHERE}
         owners = store.room.dram.owners()
         assert owners.keys() == writing | loading | leased | committed | spilling
@@ -254,7 +258,11 @@ class Books:
     def _check_nvme(self) -> None:
         store, catalog = self.store, self.store.catalog
         owners = store.room.nvme.owners()
-        held = {move.nvme for move in self.pending if move.kind in USES_NVME}
+        held = {
+            move.nvme
+            for move in self.pending
+            if move.kind in USES_NVME or (move.kind is MoveKind.CLIMB and move.dram == NOWHERE)
+        }
         stored = {
             catalog.nvme[b]: (catalog.layout[b], catalog.keys[b])
             for b, flags in enumerate(catalog.flags)
@@ -331,7 +339,10 @@ class Books:
                 self.index[page] = put
         for move in orders.moves:
             if move.kind in READS_DRAM:
-                self.latched[id(move)] = tuple(self.dram[move.dram])
+                beside = move.dram == NOWHERE
+                self.latched[id(move)] = (
+                    self.nvme[move.nvme] if beside else tuple(self.dram[move.dram])
+                )
             elif move.kind in WILL_LOAD:
                 assert catalog.flags[move.block] & LOADING
         self.pending += orders.moves

@@ -279,6 +279,8 @@ def test_the_runs_went_everywhere() -> None:
         "hbm room",
         "hit in hbm",
         "read beside DRAM",
+        "climbed from NVMe",
+        "hit in hbm alone",
         "hit on nvme",
         "idle parts given up",
         "joined a load in flight",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from kvstore.catalog import DOOMED, READY, STORED, LayoutEntry
+from kvstore.catalog import DOOMED, NOWHERE, READY, STORED, LayoutEntry
 from kvstore.errors import LimitExceeded
 from kvstore.eviction.base import Family, Independent
 from kvstore.eviction.lru import LRU
@@ -18,7 +18,7 @@ from kvstore.orders import IndexPut, Move, MoveKind, Outcome
 from kvstore.placement import PlacementConfig
 from kvstore.reads import LATE, STOP_NAMES
 from kvstore.store import Store
-from kvstore.types import NVME, SLOT_ALIGNMENT, Layout
+from kvstore.types import SLOT_ALIGNMENT, Layout
 from kvstore.writes import NEW, PRESENT, REFUSED, Reserved
 from tests.brain.books import (
     JUNK,
@@ -333,6 +333,7 @@ class World(Books):
             self.marks["unproven corrupt"] += outcome is Outcome.CORRUPT and bool(move.proof)
             if move.kind is MoveKind.CLIMB:
                 self.climbed(move, content, outcome)
+                self.marks["climbed from NVMe"] += done and move.dram == NOWHERE
         elif move.kind is not MoveKind.PROBE:
             content = self.nvme[move.nvme]
             assert sums_of(content) == move.sums, "the slot changed while it was read"
@@ -455,7 +456,7 @@ class World(Books):
         reader.granted = []
         for at, block in enumerate(lease.blocks):
             page: int | None = self.store.catalog.dram[block]
-            if lease.direct and lease.tiers[at] == NVME:
+            if block in lease.held:
                 content = self.nvme[self.store.catalog.nvme[block]]
                 reader.beside.append((self.store.catalog.nvme[block], content))
                 assert self.store.catalog.sums[block] == sums_of(content)
@@ -466,6 +467,10 @@ class World(Books):
             assert self.is_true(name, content, reader.floor[at]), "wrong bytes were handed out"
             reader.granted.append((page, content))
         self.marks["read beside DRAM"] += bool(reader.beside)
+        self.marks["hit in hbm alone"] += any(
+            tier == 0 and block in lease.held
+            for tier, block in zip(lease.tiers, lease.blocks, strict=True)
+        )
         self.marks["hit on nvme"] += 2 in lease.tiers
         self.granted_copies(reader)
 
