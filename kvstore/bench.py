@@ -7,10 +7,7 @@ machine does falls on both. The bars are those that the project holds itself to.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
-import json
-import platform
 import shutil
 import statistics
 import sys
@@ -18,12 +15,8 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from kvstore import __version__
 from kvstore.bench_daemon import (
     PrivateDaemon,
     fill_index,
@@ -31,6 +24,7 @@ from kvstore.bench_daemon import (
     private_daemon,
     workplace,
 )
+from kvstore.bench_figures import Figure, all_met, report
 from kvstore.bench_limits import Buffers, RawDisk, empty_grpc
 from kvstore.client import Cache, Client, Layout
 from kvstore.errors import InternalError
@@ -40,23 +34,6 @@ SEED = 20_260_101
 BLOCK = 2 * MIB
 SLAB = 64 * MIB
 IO_THREADS = 8  # the default of nvme.threads
-
-
-@dataclasses.dataclass(frozen=True)
-class Figure:
-    """One line of the result. `value` is to be at least, or at most, `bar`."""
-
-    name: str
-    value: float
-    unit: str
-    relation: Literal[">=", "<="]
-    bar: float
-    detail: str
-
-    @property
-    def ok(self) -> bool:
-        """Whether the bar is met."""
-        return self.value >= self.bar if self.relation == ">=" else self.value <= self.bar
 
 
 def main(json_output: bool = False, quick: bool = False) -> int:
@@ -72,38 +49,8 @@ def main(json_output: bool = False, quick: bool = False) -> int:
             shutil.rmtree(home)
             if not json_output:
                 sys.stderr.write(f"kvstore: {part.__name__.strip('_')}: done\n")
-    ok = all(figure.ok for figure in figures)
-    if json_output:
-        tree = {
-            "version": 1,
-            "kvstore": __version__,
-            "machine": platform.platform(),
-            "quick": quick,
-            "ok": ok,
-            "sha256": digest.hexdigest(),
-            "figures": [dataclasses.asdict(figure) | {"ok": figure.ok} for figure in figures],
-        }
-        sys.stdout.write(json.dumps(tree, indent=1) + "\n")
-    else:
-        _print(figures, digest.hexdigest())
-    return 0 if ok else 1
-
-
-def _print(figures: list[Figure], digest: str) -> None:
-    table = Table(title=f"kvstore {__version__} on {platform.platform()}")
-    for heading in ("figure", "value", "bar", "", "detail"):
-        table.add_column(heading)
-    for figure in figures:
-        table.add_row(
-            figure.name,
-            f"{figure.value:.3g} {figure.unit}".strip(),
-            f"{figure.relation} {figure.bar:g}",
-            "ok" if figure.ok else "MISSED",
-            figure.detail,
-        )
-    console = Console()
-    console.print(table)
-    console.print(f"sha256 of all bytes read back: {digest}")
+    report(figures, json_output=json_output, quick=quick, sha256=digest.hexdigest())
+    return 0 if all_met(figures) else 1
 
 
 # -- DRAM --------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from kvstore.checksums import shard_sums
@@ -20,7 +20,7 @@ from kvstore.index import Index
 from kvstore.tiers.nvme import NvmeFiles
 from kvstore.types import Layout
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 240.0  # a large arena is preallocated first
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -62,10 +62,21 @@ def workplace() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def private_daemon(
-    folder: Path, *, dram_bytes: int, nvme_bytes: int, slab_bytes: int, policy: str | None = None
+    folder: Path,
+    *,
+    dram_bytes: int,
+    nvme_bytes: int,
+    slab_bytes: int,
+    policy: str | None = None,
+    hbm: Mapping[int, int] | None = None,
+    module: Sequence[str] = ("kvstore.daemon",),
 ) -> Iterator[PrivateDaemon]:
     """A daemon whose NVMe files lie in `folder`; they stay there, everything else goes. Evicts as
-    it does by default, unless a policy is named."""
+    it does by default, unless a policy is named.
+
+    hbm     for each GPU the bytes that it has there
+    module  what is run, as of `python -m`, and what comes before its own arguments
+    """
     shm = Path(tempfile.mkdtemp(prefix="kvs-", dir="/dev/shm"))
     run = Path(tempfile.mkdtemp(prefix="kvs-", dir="/tmp"))
     config = folder / "kvstored.toml"
@@ -74,8 +85,11 @@ def private_daemon(
         f'[dram]\nsize = {dram_bytes}\npath = "{shm}"\nslab_size = {slab_bytes}\n'
         f'[nvme]\npaths = ["{folder}"]\nsize = {nvme_bytes}\n[metrics]\nlisten = ""\n'
         + (f'[eviction]\npolicy = "{policy}"\n' if policy else "")
+        + "".join(
+            f"[[hbm]]\ndevice = {device}\nsize = {size}\n" for device, size in (hbm or {}).items()
+        )
     )
-    process = subprocess.Popen([sys.executable, "-m", "kvstore.daemon", "--config", str(config)])
+    process = subprocess.Popen([sys.executable, "-m", *module, "--config", str(config)])
     try:
         daemon = PrivateDaemon(process, run / "default" / "kvstore.sock")
         _wait_ready(daemon)
@@ -139,6 +153,11 @@ def _wait_ready(daemon: PrivateDaemon) -> None:
             connect(daemon.socket, timeout_s=1.0).close()
             return
         except Unavailable:
-            if daemon.process.poll() is not None or time.monotonic() > deadline:
+            if daemon.process.poll() is not None:
+                raise Unavailable(
+                    f"a daemon of the benchmark has ended with {daemon.process.returncode}: see "
+                    "what it says on stderr"
+                ) from None
+            if time.monotonic() > deadline:
                 raise
             time.sleep(0.01)

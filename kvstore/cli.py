@@ -257,16 +257,20 @@ def _write_findings(findings: Sequence[Finding]) -> None:
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--quick", is_flag=True, help="Small sizes: seconds, and less exact.")
+@click.option("--device", metavar="N", type=click.IntRange(0), help="A GPU's copies instead.")
 @where
-def bench(as_json: bool, quick: bool) -> int:
+def bench(as_json: bool, quick: bool, device: int | None) -> int:
     """Measure kvstore against this host's own limits.
 
-    The data and the control path, as ratios. Runs a daemon of its own: --socket and --tenant
-    change nothing.
+    The data and the control path, as ratios; with --device, which takes cupy, the copies to, from
+    and within that CUDA device. Runs daemons of its own: --socket and --tenant change nothing.
     """
-    from kvstore.bench import main as measure  # a daemon and its clients: only this needs them
+    from kvstore import bench_device  # daemons and their clients: only this needs them
+    from kvstore.bench import main as measure
 
-    return measure(json_output=as_json, quick=quick)
+    if device is None:
+        return measure(json_output=as_json, quick=quick)
+    return bench_device.main(device, json_output=as_json, quick=quick)
 
 
 @cli.command()

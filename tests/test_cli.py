@@ -129,6 +129,7 @@ def test_every_command_takes_socket_and_tenant(command: str) -> None:
         ("stats", "more"),
         ("stats", "--watch", "nan"),
         ("stats", "--watch", "0"),
+        ("bench", "--device", "-1"),
         ("stats", "--socket"),
         ("stats", "--socket", "/tmp/" + "x" * 120),
         ("clear",),  # nobody to ask
@@ -355,6 +356,15 @@ def test_a_page_after_a_restart_shows_no_rates(
 )
 def test_numbers_for_people(shown: str, text: str) -> None:
     assert shown == text
+
+
+# --- bench ---------------------------------------------------------------------------------------
+
+
+def test_bench_of_a_device_that_is_not_there_is_1() -> None:
+    """No machine has a device 99; most have no cupy either."""
+    line = refused(kvstore("bench", "--device", 99, "--json"), 1)
+    assert "install kvstore[gpu]" in line or "NVIDIA driver" in line or "no CUDA device 99" in line
 
 
 # --- doctor --------------------------------------------------------------------------------------

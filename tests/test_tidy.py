@@ -91,7 +91,10 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
         (
             "bench",
             "bench_daemon",
+            "bench_device",
+            "bench_figures",
             "bench_limits",
+            "bench_rig",
             "belady",
             "busy_poll",
             "cli",
