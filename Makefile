@@ -5,6 +5,10 @@ RUN := $(VENV)/bin/python
 
 .PHONY: test-engines soak-kill soak-reboot soak-linear soak-restart soak-deaths soak-deadlines soak-faults soak-power soak-flips soak-simulate soak-attribution setup demo test bench proto clean
 
+# kvikio's own code is run by a test. All that it asks for is gigabytes of CUDA, and not needed there.
+KVIKIO := kvikio-cu13==26.10.0 libkvikio-cu13==26.10.0 rapids-logger==0.3.0 \
+	nvidia-cufile==1.20.0.107 cuda-pathfinder==1.9.0
+
 setup: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml
@@ -12,6 +16,7 @@ $(VENV)/ready: pyproject.toml
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet torch==2.13.0
 	$(RUN) -m pip install --quiet --editable '.[dev]'
+	$(RUN) -m pip install --quiet --no-deps $(KVIKIO)
 	touch $@
 
 demo: setup

@@ -15,6 +15,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,14 +26,16 @@ from kvstore.client.cuda_device import CupyPlatform, Device, Platform
 from kvstore.client.cuda_fragments import Direction, Fragments, Way, plan
 from kvstore.client.cuda_parts import Near, Part, Parts
 from kvstore.client.cuda_setup import PIECE_BYTES, Abilities, Registration
+from kvstore.client.cuda_straight import DeviceRing, straight
 from kvstore.client.cuda_transfer import DeviceState, Transfer
+from kvstore.client.direct import HostRing, MakeRing, Ring
 from kvstore.errors import InvalidBlock, KVStoreError
 
 if TYPE_CHECKING:
     from kvstore.client.client import Session
-    from kvstore.client.direct import Ring
     from kvstore.client.grant import Grant
     from kvstore.client.reservation import Reservation
+    from kvstore.straight import Straight
 
 __all__ = [
     "Copier",
@@ -70,6 +73,7 @@ class Copier:
         self._late: list[tuple[Transfer, Callable[[], object]]] = []
         self._reaping = False
         self._parts = Parts()
+        self._straight: dict[tuple[int, Sequence[Path]], Straight | None] = {}
         self._told: dict[str, float] = {}
 
     def store(
@@ -134,9 +138,10 @@ class Copier:
     ) -> bool:
         """Copy pieces of `size` bytes from a ring to a device: int64 arrays of addresses. False:
         throw the copy away. Parameters as of `store`."""
-        self._pin(ring, device)
-        nothing = np.empty(0, np.int64)
-        near = Near(targets, sources, np.full(len(targets), size, np.int64), plain=True)
+        if isinstance(ring, HostRing):
+            self._pin(ring, device)
+        nothing, sizes = np.empty(0, np.int64), np.full(len(targets), size, np.int64)
+        near = Near(targets, sources, sizes, plain=ring.device is None)
         return self._copied(
             arena,
             Fragments(device, nothing, nothing, nothing),
@@ -147,6 +152,16 @@ class Copier:
             lambda: None,
             near,
         )
+
+    def rings(self, number: int, paths: Sequence[Path]) -> MakeRing | None:
+        """Makes memory of a device into which files are read without the host; None where that
+        cannot be done here."""
+        device = self._state(number).device
+        with self._lock:
+            if (number, paths) not in self._straight:
+                self._straight[number, paths] = straight(device, paths)
+            way = self._straight[number, paths]
+        return functools.partial(DeviceRing, device, way) if way is not None else None
 
     def part(self, session: Session, device: int) -> Part | None:
         """The daemon's part of this device's memory, if it has one that can be opened."""
@@ -274,7 +289,7 @@ class Copier:
                 arena.on_close(lambda: self._registrations.pop(arena, None))
             return found
 
-    def _pin(self, ring: Ring, number: int) -> None:
+    def _pin(self, ring: HostRing, number: int) -> None:
         """Let a device reach a ring without a detour, where it can, until the ring is gone."""
         device = self._state(number).device
         with self._lock:

@@ -7,6 +7,7 @@ of the caller's, and what a device does late harms nobody.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import mmap
 import os
@@ -16,10 +17,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from kvstore.mapping import address_of_map
-from kvstore.types import NVME, SLOT_ALIGNMENT, Layout
+from kvstore.types import NVME, SLOT_ALIGNMENT, Layout, slot_bytes_of
 
 if TYPE_CHECKING:
     from kvstore.client.grant import Grant
@@ -68,28 +69,67 @@ def wanted(
     return found
 
 
-class Ring:
-    """Slots in host memory, for reads that are under way."""
+class Ring(Protocol):
+    """Slots for reads that are under way."""
 
-    def __init__(self, slot_bytes: int, slots: int) -> None:
+    device: int | None  # the number of that whose memory it is; None: the host's
+    slot_bytes: int
+    slots: int
+    busy: int  # reads that have not ended
+
+    def fetch(self, what: Wanted, slot: int) -> int | None:
+        """Read into a slot; the address of the first byte, None when it is not what was stored.
+        OSError when it cannot be read."""
+
+
+MakeRing = Callable[[int, int], Ring]  # bytes of a slot, slots; may raise OSError
+
+
+class HostRing:
+    """See Ring: whole pages are read, and checked by the processor."""
+
+    def __init__(self, files: Sequence[tuple[int, Path]], slot_bytes: int, slots: int) -> None:
+        from xxhash import xxh3_64_intdigest
+
+        self.device: int | None = None
         self.slot_bytes = slot_bytes
         self.slots = slots
-        self.memory = mmap.mmap(-1, slot_bytes * slots)
-        self.address = address_of_map(self.memory)
+        self.busy = 0
         self.registered: set[int] = set()  # numbers of devices that reach it without a detour
-        self.busy = 0  # reads that have not ended
+        self._files = files
+        self._sum = xxh3_64_intdigest
+        self._memory = mmap.mmap(-1, slot_bytes * slots)
+        self.address = address_of_map(self._memory)
+
+    def fetch(self, what: Wanted, slot: int) -> int | None:
+        """See Ring."""
+        skip = what.position % SLOT_ALIGNMENT
+        start, whole = what.position - skip, slot_bytes_of(skip + what.size)
+        base = slot * self.slot_bytes
+        file, path = self._files[what.file]
+        done, view = 0, memoryview(self._memory)[base : base + whole]
+        while done < whole:
+            count = os.preadv(file, [view[done:]], start + done)
+            if not count:
+                raise OSError(f"{path} ends at {start + done}")
+            done += count
+        size = what.size // len(what.sums)
+        for at, (first, expected) in enumerate(zip(what.seeds, what.sums, strict=True)):
+            shard = view[skip + at * size : skip + (at + 1) * size]
+            if self._sum(shard, first) != expected:
+                return None
+        return self.address + base + skip
 
 
 class _Read:
     """One block on its way to a slot."""
 
-    __slots__ = ("address", "done", "good", "slot", "what")
+    __slots__ = ("address", "done", "slot", "what")
 
     def __init__(self, what: Wanted, slot: int) -> None:
         self.what = what
         self.slot = slot
-        self.address = 0  # of its first byte, once it is there
-        self.good = False
+        self.address: int | None = None  # of its first byte, once it is there
         self.done = threading.Event()
 
 
@@ -97,16 +137,16 @@ class DirectFiles:
     """The files of one tenant, open for reading. Every method may be called from any thread."""
 
     def __init__(self, paths: Sequence[str]) -> None:
-        """Raises OSError when one cannot be read by this user."""
-        from xxhash import xxh3_64_intdigest
+        """Raises OSError when one cannot be read by this user, ImportError without xxhash."""
+        import xxhash  # noqa: F401
 
-        self._sum: Callable[..., int] = xxh3_64_intdigest
+        self.paths = tuple(map(Path, paths))
         self._files: list[tuple[int, Path]] = []
         self._spare: list[Ring] = []
         self._lock = threading.Lock()
         self._reads: queue.SimpleQueue[tuple[_Read, Ring] | None] = queue.SimpleQueue()
         try:
-            for path in map(Path, paths):
+            for path in self.paths:
                 self._files.append((_open(path), path))
         except OSError:
             self._close_files()
@@ -125,18 +165,25 @@ class DirectFiles:
         threading.Thread(target=self._end, name="kvstore-direct-end", daemon=True).start()
 
     def groups(
-        self, blocks: Sequence[Wanted], most: int, deadline: float
+        self,
+        blocks: Sequence[Wanted],
+        most: int,
+        deadline: float,
+        *,
+        device: int | None = None,
+        make: MakeRing | None = None,
     ) -> Iterator[tuple[list[int], Ring]]:
         """Addresses of the blocks' bytes, checked, some leading ones after the other and at most
         `most` at once, good until the next are asked for. It ends before the first that is not
-        there by the deadline (monotonic), cannot be read, or is not what was stored."""
+        there by the deadline (monotonic), cannot be read, or is not what was stored. They are in
+        host memory, or where `make` takes it on the `device`, as far as that has room."""
         if not blocks:
             return
         with self._lock:
             if sum(ring.busy > 0 for ring in self._spare) >= LATE_RINGS:
                 return
         size = max(what.size for what in blocks)
-        ring = self._ring(-(-size // SLOT_ALIGNMENT) * SLOT_ALIGNMENT + SLOT_ALIGNMENT)
+        ring = self._ring(slot_bytes_of(size) + SLOT_ALIGNMENT, device, make)
         most = max(1, min(most, ring.slots // 2))
         reads: list[_Read] = []
 
@@ -152,7 +199,8 @@ class DirectFiles:
             for first in range(0, len(blocks), most):
                 good: list[int] = []
                 for read in reads[first : first + most]:
-                    if not read.done.wait(max(0.0, deadline - time.monotonic())) or not read.good:
+                    left_s = max(0.0, deadline - time.monotonic())
+                    if not read.done.wait(left_s) or read.address is None:
                         break
                     good.append(read.address)
                 if good:
@@ -165,13 +213,17 @@ class DirectFiles:
 
     # -- inside --------------------------------------------------------------------------------
 
-    def _ring(self, slot_bytes: int) -> Ring:
+    def _ring(self, slot_bytes: int, device: int | None, make: MakeRing | None) -> Ring:
         with self._lock:
             for ring in self._spare:
-                if ring.slot_bytes == slot_bytes and not ring.busy:
+                if (ring.slot_bytes, ring.device) == (slot_bytes, device) and not ring.busy:
                     self._spare.remove(ring)
                     return ring
-        return Ring(slot_bytes, max(2, RING_BYTES // slot_bytes))
+        slots = max(2, RING_BYTES // slot_bytes)
+        if make is not None:
+            with contextlib.suppress(OSError):
+                return make(slot_bytes, slots)
+        return HostRing(self._files, slot_bytes, slots)
 
     def _give_back(self, ring: Ring) -> None:
         """For the next call, once no late read goes there any more."""
@@ -185,38 +237,12 @@ class DirectFiles:
         while (given := self._reads.get()) is not None:
             read, ring = given
             try:
-                read.address = self._read(read.what, ring, read.slot)
-                read.good = self._right(read.what, ring, read.address)
-            except OSError:
-                read.good = False  # the daemon reads it itself next, and says what is wrong
+                with contextlib.suppress(OSError):  # the daemon reads it next, and says what it is
+                    read.address = ring.fetch(read.what, read.slot)
             finally:
                 with self._lock:
                     ring.busy -= 1
                 read.done.set()
-
-    def _read(self, what: Wanted, ring: Ring, slot: int) -> int:
-        """Whole pages around the bytes; the address of the first byte."""
-        start = what.position // SLOT_ALIGNMENT * SLOT_ALIGNMENT
-        end = -(-(what.position + what.size) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
-        base = slot * ring.slot_bytes
-        file, path = self._files[what.file]
-        done, view = 0, memoryview(ring.memory)
-        while done < end - start:
-            into = view[base + done : base + end - start]
-            count = os.preadv(file, [into], start + done)
-            if not count:
-                raise OSError(f"{path} ends at {start + done}")
-            done += count
-        return ring.address + base + what.position - start
-
-    def _right(self, what: Wanted, ring: Ring, address: int) -> bool:
-        size = what.size // len(what.sums)
-        start = address - ring.address
-        view = memoryview(ring.memory)
-        return all(
-            self._sum(view[start + at * size : start + (at + 1) * size], first) == expected
-            for at, (first, expected) in enumerate(zip(what.seeds, what.sums, strict=True))
-        )
 
     def _end(self) -> None:
         for thread in self._threads:

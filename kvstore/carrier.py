@@ -7,11 +7,12 @@ and no queue of its own.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from mmap import mmap
 from typing import Protocol
 
-from kvstore.checksums import digest, shard_sums
+from kvstore.catalog import NOWHERE
+from kvstore.checksums import SUM_BYTES, digest, seed, shard_sums
 from kvstore.orders import Move, MoveKind, Outcome
 from kvstore.tiers.base import Tier
 from kvstore.types import SLOT_ALIGNMENT
@@ -31,13 +32,33 @@ class Device(Tier, Protocol):
         """Write and read back something that is no block; OSError when that fails."""
 
 
+class Gpu(Tier, Protocol):
+    """A tier in a device's memory."""
+
+    def address(self, offset: int, length: int) -> int:
+        """Where a range is there."""
+
+
+# Fills device memory from an offset of the NVMe tier: address, bytes, seed, and the sum that they
+# must have; whether they do. Raises OSError.
+Way = Callable[[int, int, int, int, int], bool]
+WayTo = Callable[[int], Way | None]  # by a device's number; None: by the host
+
+
 class Carrier:
     """Moves over one arena and one NVMe tier; several threads may carry out moves at a time."""
 
-    def __init__(self, arena: Arena, nvme: Device | None, hbm: Sequence[Tier] = ()) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        nvme: Device | None,
+        hbm: Sequence[Gpu] = (),
+        straight: WayTo = lambda device: None,
+    ) -> None:
         self._arena = arena
         self._nvme = nvme
         self._hbm = hbm  # by the devices' numbers
+        self._straight = straight
         self._own = threading.local()  # a buffer for each thread that checks
 
     def carry_out(self, move: Move) -> tuple[Outcome, str]:
@@ -53,6 +74,8 @@ class Carrier:
             return Outcome.DONE
         if move.kind is MoveKind.VERIFY:
             return self._read(move, memoryview(self._scratch(move.entry.slot_bytes)))
+        if move.kind is MoveKind.CLIMB and move.dram == NOWHERE:
+            return self._climb_from_nvme(move)
         slot = self._arena.view(move.dram * SLOT_ALIGNMENT, move.entry.slot_bytes)
         try:
             if move.kind in (MoveKind.LOAD, MoveKind.PREFETCH):
@@ -73,6 +96,27 @@ class Carrier:
             return Outcome.DONE
         finally:
             slot.release()
+
+    def _climb_from_nvme(self, move: Move) -> Outcome:
+        """One shard, past the host where that is the faster way."""
+        assert move.entry is not None
+        assert move.sums is not None, "what is on NVMe has its sums"
+        layout, hbm, shard = move.entry.layout, self._hbm[move.device], move.shard
+        size, place = layout.shard_bytes, move.hbm * SLOT_ALIGNMENT
+        way = self._straight(move.device)
+        if way is None:
+            view = memoryview(self._scratch(move.entry.slot_bytes))
+            if (outcome := self._read(move, view)) is Outcome.DONE:
+                hbm.write(place, view[shard * size : (shard + 1) * size])
+            return outcome
+        right = way(
+            move.nvme * SLOT_ALIGNMENT + shard * size,
+            hbm.address(place, size),
+            size,
+            seed(move.entry.fingerprint, move.key, shard),
+            int.from_bytes(move.sums[shard * SUM_BYTES : (shard + 1) * SUM_BYTES], "little"),
+        )
+        return Outcome.DONE if right else Outcome.CORRUPT
 
     def _read(self, move: Move, into: memoryview) -> Outcome:
         assert move.entry is not None

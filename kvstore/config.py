@@ -119,9 +119,12 @@ class Nvme(Section):
         default_factory=lambda: (paths.state_dir(),)
     )
     size: AutoSize = "auto"  # type: ignore[assignment]  # modest when nobody says how much
-    engine: Literal["auto", "posix"] = Field(
-        default="auto", description='"auto" or "posix"; "gds" is not in this build'
-    )
+    engine: Literal["auto", "posix", "gds"] = Field(
+        default="auto", description='"auto", "posix" or "gds"'
+    )  # between files and GPUs: see kvstore.ways
+    gds_sums: Literal["device", "host"] = Field(
+        default="device", description='"device" or "host"'
+    )  # where bytes that came past the host are checked
     write_policy: Literal["through", "on-evict", "second-touch"] = "through"  # survives a reboot
     write_budget: Annotated[float | None, PlainValidator(parse_rate)] = "unlimited"  # type: ignore[assignment]
     sync_interval: Seconds = Field(default=1.0, ge=0.001, le=3600, description='"1 ms" to "1 h"')

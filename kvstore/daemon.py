@@ -152,6 +152,7 @@ class Daemon:
     def _tell(self, *names: str) -> bytes:
         return metrics.document(
             {name: self._tenants[name].store for name in names},
+            {name: self._tenants[name].told() for name in names},
             uptime_s=time.monotonic() - self._started,
             generation=self._generation,
             version=__version__,

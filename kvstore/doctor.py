@@ -251,7 +251,10 @@ def check_engine_gds(config: Config, host: Host) -> Finding:
         missing.append("no nvidia-fs in the kernel")
     if not missing:
         return Finding("engine_gds", "ok", "kvikio, libcuda.so.1 and nvidia-fs are there")
-    detail = f"not available ({', '.join(missing)}): posix is used"
+    way = "posix is used"
+    if missing == ["no nvidia-fs in the kernel"]:
+        way = 'with nvme.engine = "auto" cuFile\'s compatibility mode is measured against posix'
+    detail = f"no GPUDirect Storage ({', '.join(missing)}): {way}"
     if not _gpus(host):
         return Finding("engine_gds", "ok", detail)
     remedy = "nothing must be done; for GDS install kvikio and load nvidia-fs"

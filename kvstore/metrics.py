@@ -67,14 +67,24 @@ def _client(session: Session) -> dict[str, Any]:
     }
 
 
-def document(tenants: dict[str, Store], *, uptime_s: float, generation: int, version: str) -> bytes:
-    """The whole document as JSON."""
+def document(
+    tenants: dict[str, Store],
+    nvme: dict[str, dict[str, Any]],
+    *,
+    uptime_s: float,
+    generation: int,
+    version: str,
+) -> bytes:
+    """The whole document as JSON; `nvme` is what a tenant's NVMe tier has to tell beside."""
+    told = {name: tenant_document(store, uptime_s) for name, store in tenants.items()}
+    for name, more in nvme.items():
+        told[name]["tiers"]["nvme"] |= more
     tree = {
         "version": 1,
         "daemon": version,
         "uptime_s": uptime_s,
         "generation": generation,
-        "tenants": {name: tenant_document(store, uptime_s) for name, store in tenants.items()},
+        "tenants": told,
     }
     return json.dumps(tree).encode()
 

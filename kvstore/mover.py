@@ -15,9 +15,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from kvstore.carrier import Arena, Carrier, Device
+from kvstore.carrier import Arena, Carrier, Device, Gpu, WayTo
 from kvstore.orders import Move, MoveKind, Outcome
-from kvstore.tiers.base import Tier
 
 NICE = 10
 IN_MEMORY = (MoveKind.PROVE, MoveKind.SUM)  # need no device
@@ -44,9 +43,10 @@ class Mover:
         *,
         threads: int,
         name: str,
-        hbm: Sequence[Tier] = (),
+        hbm: Sequence[Gpu] = (),
+        straight: WayTo = lambda device: None,
     ) -> None:
-        self._carrier = Carrier(arena, nvme, hbm)
+        self._carrier = Carrier(arena, nvme, hbm, straight)
         self._report = report
         self._queues: tuple[deque[Move], ...] = tuple(deque() for _ in MoveKind)
         self._wake = threading.Condition()

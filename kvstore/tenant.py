@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -38,6 +39,7 @@ from kvstore.tiers.hbm import Gpu, HbmArena
 from kvstore.tiers.nvme import HEADER_BYTES
 from kvstore.turns import Share, Turns
 from kvstore.types import DRAM, NVME
+from kvstore.ways import Ways, WaysConfig
 
 INDEX_CLOSE_S = 10.0
 
@@ -153,6 +155,10 @@ class Tenant:
         )
         await self._front_door.start()
 
+    def told(self) -> dict[str, Any]:
+        """What the statistics say of its NVMe tier beside the store's own figures."""
+        return self._ways.told() if self._ways is not None else {}
+
     def settle(self, caller: Session, numbers: Sequence[int]) -> int:
         """See Processes.settle."""
         return self._processes.settle(caller.number, numbers)
@@ -239,6 +245,8 @@ class Tenant:
             clean = disk.index.close(INDEX_CLOSE_S) and clean
         if disk is not None and clean:
             disk.close()
+        if self._ways is not None and clean:
+            self._ways.close()
         return clean
 
     def _start_mover(self, size_bytes: int, slab_bytes: int) -> Mover:
@@ -250,6 +258,7 @@ class Tenant:
             if not self._damaged():
                 door.report(move, outcome, problem)
 
+        self._ways: Ways | None = None
         if size_bytes:
             self._disk = Disk(
                 DiskConfig(
@@ -270,6 +279,7 @@ class Tenant:
             threads=config.nvme.threads,
             name=self.name,
             hbm=self._gpus,
+            straight=lambda device: self._ways.to(device) if self._ways is not None else None,
         )
 
     def _open_disk(self, disk: Disk) -> None:
@@ -283,27 +293,53 @@ class Tenant:
                 ) from None
             self.store.placement.health.fence(self._loop.time())
             self.service.tidings.unopened(str(error))
+        self._choose_way(disk)
 
     def _disk_opened(self, index: Index, loaded: Loaded) -> None:
         """Files and index are open: at the start on the loop, later on a worker of the mover."""
 
         def take_over() -> None:
             self._hands.use_index(index)
-            self._tell_clients()
             adopt(self.store, index, loaded, self.name, self._loop.time())
 
         try:
             asyncio.get_running_loop()
         except RuntimeError:
             self._loop.call_soon_threadsafe(take_over)
+            self._loop.call_soon_threadsafe(self._tell_clients)
         else:
             take_over()
+
+    def _choose_way(self, disk: Disk) -> None:
+        """Which way bytes go between the files and GPUs."""
+        config = self._config
+        self._ways = Ways(
+            WaysConfig(
+                tenant=self.name,
+                engine=config.nvme.engine,
+                sums=config.nvme.gds_sums,
+                paths=disk.paths,
+                size_bytes=disk.capacity_bytes,
+                slab_bytes=config.slab_bytes,
+            ),
+            self._gpus,
+        )
+        if disk.files is None:
+            return  # they are opened later, if they can be
+        try:
+            self._ways.choose()
+        except OSError as error:
+            raise InvalidConfig(f'nvme.engine = "{config.nvme.engine}": {error}') from None
+        self._tell_clients()
 
     def _tell_clients(self) -> None:
         """Clients may read the files of the NVMe tier themselves: where they are."""
         assert self._disk is not None
+        assert self._ways is not None
+        if not self._ways.chosen:
+            self._ways.choose(late=True)
         paths = list(map(str, self._disk.paths))
-        nvme = NvmePlaces(paths, self._config.slab_bytes, HEADER_BYTES, "posix")
+        nvme = NvmePlaces(paths, self._config.slab_bytes, HEADER_BYTES, self._ways.engine)
         self.service.info = dataclasses.replace(self.service.info, nvme=nvme)
 
 

@@ -22,6 +22,8 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "ground",
         (
             "checksums",
+            "cufile",
+            "cufile_choice",
             "device_sums",
             "errors",
             "filesystems",
@@ -29,6 +31,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "numa",
             "paths",
             "spin",
+            "straight",
             "types",
             "units",
         ),
@@ -84,6 +87,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "service",
             "tidings",
             "verification",
+            "ways",
         ),
     ),
     (
@@ -132,7 +136,10 @@ SEEN_BY_ROOM = {
     "tiers": ("filesystems", "mapping", "numa"),
     "eviction": (),
     "protos": (),
-    "client": ("protos", "checksums", "errors", "mapping", "paths", "spin", "types"),
+    "client": (
+        *("protos", "checksums", "cufile", "device_sums", "errors", "mapping", "paths", "spin"),
+        *("straight", "types"),
+    ),
 }
 BRAIN = (
     *(

@@ -64,6 +64,11 @@ class HbmArena:
         check_range(offset, len(data), self.capacity_bytes)
         self.gpu.write(self._at(offset), data)
 
+    def address(self, offset: int, length: int) -> int:
+        """Where a range is in the device's memory, for who moves bytes there without the host."""
+        check_range(offset, length, self.capacity_bytes)
+        return self._at(offset)
+
     def sync(self) -> None:
         """Memory is as durable as it gets."""
         self._at(0)

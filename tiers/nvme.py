@@ -186,11 +186,17 @@ class NvmeFiles:
     def _place(self, offset: int, length: int) -> tuple[_Device, int]:
         devices = self._open_devices()
         check_range(offset, length, self.capacity_bytes)
-        slab, inside = divmod(offset, self.slab_bytes)
-        if inside + length > self.slab_bytes:
+        if offset % self.slab_bytes + length > self.slab_bytes:
             raise ValueError(f"{length} bytes at {offset} cross a slab of {self.slab_bytes} bytes")
-        row, number = divmod(slab, len(devices))
-        return devices[number], HEADER_BYTES + row * self.slab_bytes + inside
+        number, position = place_of(offset, len(devices), self.slab_bytes)
+        return devices[number], position
+
+
+def place_of(offset: int, devices: int, slab_bytes: int) -> tuple[int, int]:
+    """The device's number, and the position in its file, of a place in the linear space."""
+    slab, inside = divmod(offset, slab_bytes)
+    row, number = divmod(slab, devices)
+    return number, HEADER_BYTES + row * slab_bytes + inside
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pytest
 
 from kvstore.client import Cache
 from kvstore.client import direct as direct_module
-from kvstore.client.direct import DirectFiles, Wanted
+from kvstore.client.direct import HostRing, Wanted
 from tests.e2e.conftest import MakeDaemon
 from tests.e2e.harness import MIB, Daemon, contents, hashes, layout, targets, wait_for
 
@@ -156,14 +156,14 @@ def test_a_device_that_hangs(daemon: Daemon, cache: Cache, monkeypatch: pytest.M
     """The call ends at its deadline; what is read late touches nothing of the caller's, and a
     client that is closed meanwhile does not wait."""
     go_on, begun = threading.Event(), threading.Event()
-    real = DirectFiles._read
+    real = HostRing.fetch
 
-    def hang(self: DirectFiles, what: Wanted, *place: object) -> int:
+    def hang(self: HostRing, what: Wanted, slot: int) -> int | None:
         begun.set()
         go_on.wait(60)
-        return real(self, what, *place)  # type: ignore[arg-type]
+        return real(self, what, slot)
 
-    monkeypatch.setattr(DirectFiles, "_read", hang)
+    monkeypatch.setattr(HostRing, "fetch", hang)
     into = targets(len(OLD), SIZE)
     assert cache.get(OLD, into, direct=True, deadline_s=0.1).length == 0
     assert begun.is_set()
@@ -188,7 +188,7 @@ def test_while_many_calls_hang_no_more_is_begun(
     with cache._acquire(OLD, 1.0, None, 0, direct=True) as grant:
         wanted = list(direct_module.wanted(grant, cache.layout, OLD, None).values())
         with monkeypatch.context() as patched:
-            patched.setattr(DirectFiles, "_read", lambda *_: go_on.wait(60) and 0)
+            patched.setattr(HostRing, "fetch", lambda *_: go_on.wait(60) and None)
             for _ in range(direct_module.LATE_RINGS + 3):
                 assert not list(files.groups(wanted, 8, 0.0))
             assert len(files._spare) == direct_module.LATE_RINGS

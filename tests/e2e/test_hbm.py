@@ -154,3 +154,63 @@ def test_without_a_gpu_the_daemon_says_so_once(make_daemon: MakeDaemon) -> None:
     assert ended.returncode == 1, ended.stderr
     lines = [line for line in ended.stderr.splitlines() if "[[hbm]] device 99" in line]
     assert len(lines) == 1 and "Traceback" not in ended.stderr
+
+
+def on_nvme(make_daemon: MakeDaemon, name: str, *sizes: str) -> tuple[Daemon, Cache]:
+    """A daemon that has the blocks on NVMe alone."""
+    daemon = with_gpus(make_daemon, *sizes)
+    cache = daemon.client().open(layout(name, shards=len(sizes), shard_bytes=SIZE // len(sizes)))
+    cache.put(KEYS, contents(KEYS, SIZE))
+    daemon.settled()
+    daemon.stop()
+    daemon.lose_memory()
+    daemon.start()
+    cache = daemon.client().open(cache.layout)
+    assert cache.lookup(KEYS).tiers == {"nvme": len(KEYS)}
+    return daemon, cache
+
+
+def direct(cache: Cache, gpus: Sequence[int]) -> Grant:
+    with cache._acquire(KEYS, 1.0, None, 0, gpus=gpus, direct=True) as grant:
+        return grant
+
+
+@pytest.mark.parametrize("sizes", [("4 MiB",), ("4 MiB", "4 MiB")])
+def test_blocks_climb_from_nvme_and_leave_dram_alone(
+    make_daemon: MakeDaemon, sizes: tuple[str, ...]
+) -> None:
+    daemon, cache = on_nvme(make_daemon, "hbm beside", *sizes)
+    gpus = list(range(len(sizes)))
+    assert direct(cache, gpus).tiers == {"nvme": len(KEYS)}
+    wait_for(lambda: direct(cache, gpus).tiers["hbm"] == len(KEYS), "copies on the GPUs")
+    with cache._acquire(KEYS, 1.0, None, 0, gpus=gpus, direct=True) as grant:
+        part = SIZE // len(sizes)
+        found = [
+            copy_of(cache.client, at % len(sizes), offset, part)
+            for at, offset in enumerate(grant.copies)
+        ]
+        assert b"".join(found) == b"".join(contents(KEYS, SIZE))
+    stats = daemon.settled()
+    assert (stats.tiers.dram.blocks, stats.tiers.hbm.blocks) == (0, len(KEYS) * len(sizes))
+    assert cache.lookup(KEYS).tiers == {"nvme": len(KEYS)}
+    with cache.acquire(KEYS, gpus=gpus, deadline_s=10) as plain:
+        assert plain.tiers == {"nvme": len(KEYS)}, "who wants them in DRAM gets them there"
+        assert [bytes(plain.view(at, 0)) for at in range(12)] == [
+            block[:part] for block in contents(KEYS, SIZE)
+        ]
+    assert daemon.settled().tiers.dram.blocks == len(KEYS)
+    assert asked(cache, KEYS, gpus).tiers == {"hbm": len(KEYS)}
+
+
+def test_damage_on_nvme_does_not_climb(make_daemon: MakeDaemon) -> None:
+    daemon, cache = on_nvme(make_daemon, "hbm damaged", "4 MiB")
+    (folder,) = daemon.config["nvme"]["paths"]
+    path, block = Path(folder) / "default" / "blocks.kv", contents(KEYS, SIZE)[4]
+    where = path.read_bytes().find(block)
+    with path.open("r+b") as file:
+        file.seek(where + 100)
+        file.write(bytes([block[100] ^ 1]))
+    direct(cache, [0])
+    wait_for(lambda: len(direct(cache, [0])) == 4 or None, "the damage to be found")
+    wait_for(lambda: direct(cache, [0]).tiers["hbm"] == 4, "copies of the others")
+    assert daemon.settled().tiers.nvme.corrupt == 1

@@ -1,0 +1,89 @@
+"""Reads from NVMe files straight into a device's memory, in the engine's process."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvstore.client.arena import address_of
+from kvstore.client.cuda_device import Device
+
+if TYPE_CHECKING:
+    from kvstore.client.direct import Wanted
+    from kvstore.straight import Straight
+
+log = logging.getLogger("kvstore")
+
+
+class DeviceRing:
+    """See kvstore.client.direct.Ring: slots in a device's memory, checked there."""
+
+    def __init__(self, device: Device, straight: Straight, slot_bytes: int, slots: int) -> None:
+        """Raises OSError when the device has no room."""
+        self.device: int | None = device.number
+        self.slot_bytes = slot_bytes
+        self.slots = slots
+        self.busy = 0
+        self._straight = straight
+        self._memory = contextlib.ExitStack()
+        try:
+            with device.current():
+                scratch = device.scratch(slot_bytes * slots)
+                _, self._address = self._memory.enter_context(scratch)
+        except Exception as error:
+            raise OSError(f"no {slot_bytes * slots} bytes on device {device.number}") from error
+
+    def fetch(self, what: Wanted, slot: int) -> int | None:
+        """See Ring."""
+        address, size = self._address + slot * self.slot_bytes, what.size // len(what.sums)
+        good = self._straight.read(what.file, what.position, address, size, what.seeds, what.sums)
+        return address if good else None
+
+
+class DeviceBytes:
+    """A device's memory as `kvstore.cufile.DeviceMemory`, on a stream for each thread."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._own = threading.local()
+
+    def write(self, address: int, data: memoryview) -> None:
+        """Copy from the host; done when this returns."""
+        self._copy(address, address_of(data, len(data), "data", writable=False), len(data))
+
+    def read(self, address: int, into: memoryview) -> None:
+        """Copy to the host; done when this returns."""
+        self._copy(address_of(into, len(into), "buffer", writable=True), address, len(into))
+
+    def _copy(self, target: int, source: int, size: int) -> None:
+        device = self._device
+        try:
+            with device.current():
+                stream = getattr(self._own, "stream", None)
+                if stream is None:
+                    stream = self._own.stream = device.stream()
+                device.plain(stream, target, source, size)
+                event = device.record(stream)
+                while not event.done():
+                    pass
+        except Exception as error:
+            raise OSError(f"device {device.number}: {error}") from error
+
+
+def straight(device: Device, paths: Sequence[Path]) -> Straight | None:
+    """The way into this device's memory; None, and told once, where it cannot be had."""
+    from kvstore.straight import Straight
+
+    try:
+        from kvstore.cufile import CuFiles
+        from kvstore.device_sums import DeviceSums
+
+        files = CuFiles(paths, device.number)
+    except (ImportError, OSError) as error:
+        log.warning("kvstore: blocks on NVMe come by the host's memory: %s", error)
+        return None
+    return Straight(files, DeviceBytes(device), DeviceSums(device.number).sums)
