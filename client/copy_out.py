@@ -85,9 +85,9 @@ class CopyOut:
         if isinstance(targets, list):
             return files.groups(blocks, 1, by)
         assert self.copier is not None, "found with the buffers"
-        make = None
-        if grant.session.attached.nvme.engine == "gds":
-            make = self.copier.rings(targets.device, files.paths)
+        make, told = None, grant.session.attached.nvme
+        if told.engine == "gds":
+            make = self.copier.rings(targets.device, files.paths, told.sums)
         device = targets.device if make is not None else None
         return files.groups(blocks, len(blocks), by, device=device, make=make)
 

@@ -153,13 +153,13 @@ class Copier:
             near,
         )
 
-    def rings(self, number: int, paths: Sequence[Path]) -> MakeRing | None:
-        """Makes memory of a device into which files are read without the host; None where that
-        cannot be done here."""
+    def rings(self, number: int, paths: Sequence[Path], sums: str) -> MakeRing | None:
+        """Makes memory of a device into which files are read without the host, and checked on the
+        "device" or the "host"; None where that cannot be done here."""
         device = self._state(number).device
         with self._lock:
             if (number, paths) not in self._straight:
-                self._straight[number, paths] = straight(device, paths)
+                self._straight[number, paths] = straight(device, paths, sums)
             way = self._straight[number, paths]
         return functools.partial(DeviceRing, device, way) if way is not None else None
 

@@ -74,8 +74,9 @@ class DeviceBytes:
             raise OSError(f"device {device.number}: {error}") from error
 
 
-def straight(device: Device, paths: Sequence[Path]) -> Straight | None:
-    """The way into this device's memory; None, and told once, where it cannot be had."""
+def straight(device: Device, paths: Sequence[Path], sums: str) -> Straight | None:
+    """The way into this device's memory, with bytes checked on the "device" or the "host"; None,
+    and told once, where it cannot be had."""
     from kvstore.straight import Straight
 
     try:
@@ -86,4 +87,5 @@ def straight(device: Device, paths: Sequence[Path]) -> Straight | None:
     except (ImportError, OSError) as error:
         log.warning("kvstore: blocks on NVMe come by the host's memory: %s", error)
         return None
-    return Straight(files, DeviceBytes(device), DeviceSums(device.number).sums)
+    made = DeviceSums(device.number).sums if sums == "device" else None
+    return Straight(files, DeviceBytes(device), made)

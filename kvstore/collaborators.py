@@ -40,6 +40,7 @@ class NvmePlaces:
     slab_bytes: int
     header_bytes: int
     engine: str  # the faster one of "gds" and "posix" into device memory
+    sums: str  # where bytes that came by "gds" are checked: "device" or "host"
 
 
 @dataclasses.dataclass(frozen=True)

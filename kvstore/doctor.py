@@ -5,6 +5,7 @@ It looks and tries, and leaves nothing behind. Printing is left to the command l
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import errno
@@ -31,7 +32,7 @@ from kvstore.doctor_memory import (
     check_slot_table,
     check_tmpfs,
 )
-from kvstore.errors import InvalidConfig
+from kvstore.errors import InvalidConfig, KVStoreError
 from kvstore.filesystems import text_of
 from kvstore.findings import Finding, Host, in_mib, nearest_folder
 from kvstore.types import SLOT_ALIGNMENT
@@ -324,7 +325,18 @@ def check_daemon(config: Config, host: Host, tenant: str) -> Finding:
             remedy = "see the daemon's log; restart it if it hangs"
             return Finding(name, "warn", f"{path} does not answer: {error}", remedy)
         peer = stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return Finding(name, "ok", f"runs as process {struct.unpack('3i', peer)[0]} at {path}")
+    pid = struct.unpack("3i", peer)[0]
+    return Finding(name, "ok", f"runs as process {pid} at {path}{_engine(path, tenant)}")
+
+
+def _engine(path: Path, tenant: str) -> str:
+    """Which way bytes go between NVMe and GPUs, as the running daemon has chosen it."""
+    from kvstore.client import connect
+
+    with contextlib.suppress(KVStoreError), connect(path, timeout_s=CONNECT_TIMEOUT_S) as client:
+        nvme = client.stats()["tenants"][tenant]["tiers"]["nvme"]
+        return f"; NVMe to GPU: {nvme['engine_why']}" if "engine_why" in nvme else ""
+    return ""
 
 
 # --- reading the host ----------------------------------------------------------------------------

@@ -339,7 +339,10 @@ class Tenant:
         if not self._ways.chosen:
             self._ways.choose(late=True)
         paths = list(map(str, self._disk.paths))
-        nvme = NvmePlaces(paths, self._config.slab_bytes, HEADER_BYTES, self._ways.engine)
+        config = self._config
+        nvme = NvmePlaces(
+            paths, config.slab_bytes, HEADER_BYTES, self._ways.engine, config.nvme.gds_sums
+        )
         self.service.info = dataclasses.replace(self.service.info, nvme=nvme)
 
 

@@ -98,16 +98,18 @@ class AttachReply(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., tenant: _Optional[str] = ..., generation: _Optional[int] = ..., token: _Optional[bytes] = ..., arena_path: _Optional[str] = ..., arena_bytes: _Optional[int] = ..., arena_inode: _Optional[int] = ..., keys_max: _Optional[int] = ..., leases_max: _Optional[int] = ..., session: _Optional[int] = ..., gpus: _Optional[_Iterable[_Union[GpuArena, _Mapping]]] = ..., nvme: _Optional[_Union[NvmeFiles, _Mapping]] = ...) -> None: ...
 
 class NvmeFiles(_message.Message):
-    __slots__ = ("paths", "slab_bytes", "header_bytes", "engine")
+    __slots__ = ("paths", "slab_bytes", "header_bytes", "engine", "sums")
     PATHS_FIELD_NUMBER: _ClassVar[int]
     SLAB_BYTES_FIELD_NUMBER: _ClassVar[int]
     HEADER_BYTES_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
+    SUMS_FIELD_NUMBER: _ClassVar[int]
     paths: _containers.RepeatedScalarFieldContainer[str]
     slab_bytes: int
     header_bytes: int
     engine: str
-    def __init__(self, paths: _Optional[_Iterable[str]] = ..., slab_bytes: _Optional[int] = ..., header_bytes: _Optional[int] = ..., engine: _Optional[str] = ...) -> None: ...
+    sums: str
+    def __init__(self, paths: _Optional[_Iterable[str]] = ..., slab_bytes: _Optional[int] = ..., header_bytes: _Optional[int] = ..., engine: _Optional[str] = ..., sums: _Optional[str] = ...) -> None: ...
 
 class GpuArena(_message.Message):
     __slots__ = ("bus", "bytes", "handle")

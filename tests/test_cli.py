@@ -378,6 +378,7 @@ def test_doctor_tells_the_daemon_and_the_status(daemon: Kvstored) -> None:
     assert {one["status"] for one in checks.values()} <= {"ok", "warn", "fail"}
     assert all(one["remedy"] for one in checks.values() if one["status"] != "ok")
     assert "runs as process" in checks["daemon other"]["detail"]
+    assert "NVMe to GPU: posix: no [[hbm]] device" in checks["daemon other"]["detail"]
     shown = kvstore("doctor", "--config", daemon.config, "--tenant", "default")
     assert shown.returncode == done.returncode
     for one in checks.values():
