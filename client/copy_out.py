@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -36,16 +36,7 @@ class CopyOut:
             with grant:
                 grant.places.copy_out(self.targets[part], self.shard)
             return grant.release()
-        assert self.copier is not None, "found with the buffers"
-        far, near = self._on_device(grant, grant.places, list(range(grant.length)), first)
-        return self.copier.load(
-            grant,
-            far,
-            deadline=self.copied_by,
-            streams=self.targets.streams,
-            keep=self.targets.buffers,
-            near=near,
-        )
+        return self._load(grant, grant.places, range(grant.length), first)
 
     def direct(
         self, grant: Grant, hashes: Sequence[bytes], first: int, files: DirectFiles, by: float
@@ -118,8 +109,18 @@ class CopyOut:
         if isinstance(targets, list):
             places.copy_out([targets[first + at] for at in there], self.shard)
             return True
-        assert self.copier is not None, "found with the buffers"
-        far, near = self._on_device(grant, places, there, first)
+        return self._load(grant, places, there, first)
+
+    def _load(self, grant: Grant, places: Places, which: Sequence[int], first: int) -> bool:
+        """Copy these blocks of a grant, which are at `places`, to the device, and release it."""
+        targets = self.targets
+        assert self.copier is not None and not isinstance(targets, list)
+        copies = grant.copies[self.shard or 0 :: self.layout.shards]
+        far, near = targets.split(
+            targets.fragments(places, self.shard, [first + at for at in which]),
+            [copies[at] for at in which],
+            self.copier.part(grant.session, targets.device),
+        )
         return self.copier.load(
             grant,
             far,
@@ -127,17 +128,4 @@ class CopyOut:
             streams=targets.streams,
             keep=targets.buffers,
             near=near,
-        )
-
-    def _on_device(
-        self, grant: Grant, places: Places, which: Sequence[int], first: int
-    ) -> tuple[Any, Any]:
-        """Fragments from the arena, and copies within the device, of these blocks of the grant."""
-        targets = self.targets
-        assert self.copier is not None and not isinstance(targets, list)
-        copies = grant.copies[self.shard or 0 :: self.layout.shards]
-        return targets.split(
-            targets.fragments(places, self.shard, [first + at for at in which]),
-            [copies[at] for at in which],
-            self.copier.part(grant.session, targets.device),
         )
