@@ -134,7 +134,8 @@ class Client:
         self._arena: Arena | None = None
         self._refused: tuple[float, Unavailable] | None = None
         self._closed = False
-        self._direct: tuple[tuple[str, ...], DirectFiles | None] | None = None
+        self._opening = threading.Lock()
+        self._direct: tuple[Session, DirectFiles | None] | None = None  # as of that session
 
     def __enter__(self) -> Client:
         return self
@@ -213,13 +214,18 @@ class Client:
     def direct_files(self) -> DirectFiles | None:
         """The files of the NVMe tier, opened for `Cache.get(direct=True)`; None where this process
         may not read them, or the daemon has none."""
-        paths = tuple(self.session(self.deadline()).attached.nvme.paths)
-        with self._connecting:
-            if self._direct is None or self._direct[0] != paths:
-                if self._direct is not None and self._direct[1] is not None:
-                    self._direct[1].close()
-                self._direct = paths, _open_direct(paths)
-            return self._direct[1]
+        session = self.session(self.deadline())
+        with self._opening:
+            if self._closed:
+                return None
+            known, files = self._direct or (None, None)
+            if known is not session:
+                paths = session.attached.nvme.paths
+                if files is not None and not files.are(paths):
+                    files.close()
+                    files = None
+                self._direct = session, files or _open_direct(paths)
+            return self._direct[1] if self._direct is not None else None
 
     @property
     def arena(self) -> Arena | None:
@@ -232,6 +238,7 @@ class Client:
             self._closed = True
             session, self._session = self._session, None
             arena, self._arena = self._arena, None
+        with self._opening:
             direct, self._direct = self._direct, None
         if direct is not None and direct[1] is not None:
             direct[1].close()
@@ -389,6 +396,6 @@ def _open_direct(paths: Sequence[str]) -> DirectFiles | None:
         from kvstore.client.direct import DirectFiles
 
         return DirectFiles(paths)
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, RuntimeError) as error:
         log.warning("kvstore: blocks on NVMe are not read from here: %s", error)
         return None

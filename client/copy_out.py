@@ -45,8 +45,8 @@ class CopyOut:
         leading blocks are good."""
         from kvstore.client.direct import wanted
 
-        beside = wanted(grant, self.layout, hashes[first : first + grant.length], self.shard)
         with grant:
+            beside = wanted(grant, self.layout, hashes[first : first + grant.length], self.shard)
             good = self._from_files(grant, first, beside, files, by)
             there = [at for at in range(good) if at not in beside]
             if there and not self._from_arena(grant, there, first):
@@ -78,7 +78,7 @@ class CopyOut:
         assert self.copier is not None, "found with the buffers"
         make, told = None, grant.session.attached.nvme
         if told.engine == "gds":
-            make = self.copier.rings(targets.device, files.paths, told.sums)
+            make = self.copier.rings(targets.device, files, told.sums)
         device = targets.device if make is not None else None
         return files.groups(blocks, len(blocks), by, device=device, make=make)
 

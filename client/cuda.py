@@ -15,7 +15,6 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,14 +27,13 @@ from kvstore.client.cuda_parts import Near, Part, Parts
 from kvstore.client.cuda_setup import PIECE_BYTES, Abilities, Registration
 from kvstore.client.cuda_straight import DeviceRing, straight
 from kvstore.client.cuda_transfer import DeviceState, Transfer
-from kvstore.client.direct import HostRing, MakeRing, Ring
+from kvstore.client.direct import DirectFiles, HostRing, MakeRing, Ring
 from kvstore.errors import InvalidBlock, KVStoreError
 
 if TYPE_CHECKING:
     from kvstore.client.client import Session
     from kvstore.client.grant import Grant
     from kvstore.client.reservation import Reservation
-    from kvstore.straight import Straight
 
 __all__ = [
     "Copier",
@@ -73,7 +71,6 @@ class Copier:
         self._late: list[tuple[Transfer, Callable[[], object]]] = []
         self._reaping = False
         self._parts = Parts()
-        self._straight: dict[tuple[int, Sequence[Path]], Straight | None] = {}
         self._told: dict[str, float] = {}
 
     def store(
@@ -141,7 +138,10 @@ class Copier:
         if isinstance(ring, HostRing):
             self._pin(ring, device)
         nothing, sizes = np.empty(0, np.int64), np.full(len(targets), size, np.int64)
-        near = Near(targets, sources, sizes, plain=ring.device is None)
+        way = Way.BATCH  # or plain, where they are few
+        if isinstance(ring, HostRing):
+            way = Way.PLAIN if ring.pins[device] else Way.PAGEABLE
+        near = Near(targets, sources, sizes, way)
         return self._copied(
             arena,
             Fragments(device, nothing, nothing, nothing),
@@ -153,14 +153,11 @@ class Copier:
             near,
         )
 
-    def rings(self, number: int, paths: Sequence[Path], sums: str) -> MakeRing | None:
+    def rings(self, number: int, files: DirectFiles, sums: str) -> MakeRing | None:
         """Makes memory of a device into which files are read without the host, and checked on the
-        "device" or the "host"; None where that cannot be done here."""
+        "device" or the "host"; None where that cannot be done here, or not yet."""
         device = self._state(number).device
-        with self._lock:
-            if (number, paths) not in self._straight:
-                self._straight[number, paths] = straight(device, paths, sums)
-            way = self._straight[number, paths]
+        way = files.way(number, lambda: straight(device, files.paths, sums))
         return functools.partial(DeviceRing, device, way) if way is not None else None
 
     def part(self, session: Session, device: int) -> Part | None:
@@ -291,14 +288,13 @@ class Copier:
 
     def _pin(self, ring: HostRing, number: int) -> None:
         """Let a device reach a ring without a detour, where it can, until the ring is gone."""
-        device = self._state(number).device
-        with self._lock:
-            if number in ring.registered:
-                return
-            ring.registered.add(number)
-            with contextlib.suppress(Exception), device.current():
-                device.register(ring.address, ring.slot_bytes * ring.slots)
-                weakref.finalize(ring, _unpin, device, ring.address)
+        if number in ring.pins:
+            return
+        device, ring.pins[number] = self._state(number).device, False
+        with contextlib.suppress(Exception), device.current():
+            device.register(ring.address, ring.slot_bytes * ring.slots)
+            weakref.finalize(ring, _unpin, device, ring.address)
+            ring.pins[number] = True
 
     def _leave(self, transfer: Transfer, then: Callable[[], object]) -> None:
         """Leave a copy to itself, and what follows it to a thread."""

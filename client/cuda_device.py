@@ -111,6 +111,12 @@ class Device(Protocol):
     def scratch(self, size: int) -> contextlib.AbstractContextManager[tuple[int, int]]:
         """Registered host memory and memory of the device for a while: their addresses."""
 
+    def allocate(self, size: int) -> int:
+        """Memory of the device."""
+
+    def free(self, address: int) -> None:
+        """The end of what `allocate` gave."""
+
 
 class Platform(Protocol):
     """The devices of this host."""
@@ -374,6 +380,14 @@ class CupyDevice:
 
     def _event(self) -> int:
         return int(self._runtime.eventCreateWithFlags(self._runtime.eventDisableTiming))
+
+    def allocate(self, size: int) -> int:
+        """See Device."""
+        return int(self._runtime.malloc(size))
+
+    def free(self, address: int) -> None:
+        """See Device."""
+        self._runtime.free(address)
 
     @contextlib.contextmanager
     def scratch(self, size: int) -> Iterator[tuple[int, int]]:

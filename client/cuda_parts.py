@@ -28,20 +28,20 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Near:
-    """Copies within a device, or with `plain` from host memory that may not be registered: three
-    int64 arrays of one length, addresses and bytes."""
+    """Copies within a device, or from host memory beside the arena: three int64 arrays of one
+    length, addresses and bytes. Many go by one call where `way` is that."""
 
     targets: Any
     sources: Any
     lengths: Any
-    plain: bool = False
+    way: Way = Way.BATCH
 
     def steps(self, arena_address: int, *, batches: bool) -> list[Step]:
         """The same as steps of a transfer from an arena that begins at this address."""
         offsets, count = self.sources - arena_address, len(self.targets)
-        many = batches and not self.plain and count >= BATCH_COUNT_MIN
+        many = batches and self.way is Way.BATCH and count >= BATCH_COUNT_MIN
         size = BATCH_COUNT_MAX if many else 1
-        way = Way.BATCH if many else Way.PLAIN
+        way = self.way if many or self.way is not Way.BATCH else Way.PLAIN
         return [
             Step(way, *(part[at : at + size] for part in (self.targets, offsets, self.lengths)))
             for at in range(0, count, size)

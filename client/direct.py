@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import mmap
 import os
 import queue
@@ -24,6 +25,7 @@ from kvstore.types import NVME, SLOT_ALIGNMENT, Layout, slot_bytes_of
 
 if TYPE_CHECKING:
     from kvstore.client.grant import Grant
+    from kvstore.straight import Straight
 
 THREADS = 8
 RING_BYTES = 32 << 20  # read ahead of what the caller has got
@@ -79,7 +81,10 @@ class Ring(Protocol):
 
     def fetch(self, what: Wanted, slot: int) -> int | None:
         """Read into a slot; the address of the first byte, None when it is not what was stored.
-        OSError when it cannot be read."""
+        Raises when it cannot be read."""
+
+    def drop(self) -> None:
+        """Give the memory back. Nobody uses it any more."""
 
 
 MakeRing = Callable[[int, int], Ring]  # bytes of a slot, slots; may raise OSError
@@ -95,7 +100,7 @@ class HostRing:
         self.slot_bytes = slot_bytes
         self.slots = slots
         self.busy = 0
-        self.registered: set[int] = set()  # numbers of devices that reach it without a detour
+        self.pins: dict[int, bool] = {}  # by device: whether that reaches it without a detour
         self._files = files
         self._sum = xxh3_64_intdigest
         self._memory = mmap.mmap(-1, slot_bytes * slots)
@@ -120,6 +125,9 @@ class HostRing:
                 return None
         return self.address + base + skip
 
+    def drop(self) -> None:
+        """See Ring: the memory goes with the last who knows it."""
+
 
 class _Read:
     """One block on its way to a slot."""
@@ -137,32 +145,70 @@ class DirectFiles:
     """The files of one tenant, open for reading. Every method may be called from any thread."""
 
     def __init__(self, paths: Sequence[str]) -> None:
-        """Raises OSError when one cannot be read by this user, ImportError without xxhash."""
+        """Raises OSError when one cannot be read by this user, ImportError without xxhash, and
+        RuntimeError when there can be no more threads."""
         import xxhash  # noqa: F401
 
         self.paths = tuple(map(Path, paths))
         self._files: list[tuple[int, Path]] = []
         self._spare: list[Ring] = []
+        self._ways: dict[int, Straight | None] = {}  # by device; None: not yet, or not to be had
         self._lock = threading.Lock()
-        self._reads: queue.SimpleQueue[tuple[_Read, Ring] | None] = queue.SimpleQueue()
+        self._closed = False
+        self._workers = 0
+        self._work_to_do: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         try:
             for path in self.paths:
                 self._files.append((_open(path), path))
-        except OSError:
-            self._close_files()
+            self._inodes = [_inode(os.fstat(file)) for file, _ in self._files]
+            for at in range(THREADS):
+                thread = threading.Thread(
+                    target=self._work, name=f"kvstore-direct-{at}", daemon=True
+                )
+                thread.start()
+                self._workers += 1
+        except BaseException:
+            self.close()
             raise
-        self._threads = [
-            threading.Thread(target=self._work, name=f"kvstore-direct-{at}", daemon=True)
-            for at in range(THREADS)
-        ]
-        for thread in self._threads:
-            thread.start()
+
+    def are(self, paths: Sequence[str]) -> bool:
+        """Whether these paths still lead to these files."""
+        try:
+            return self.paths == tuple(map(Path, paths)) and self._inodes == [
+                _inode(path.stat()) for path in self.paths
+            ]
+        except OSError:
+            return False
 
     def close(self) -> None:
-        """Files are closed when the last read has ended, however late that is."""
-        for _ in self._threads:
-            self._reads.put(None)
-        threading.Thread(target=self._end, name="kvstore-direct-end", daemon=True).start()
+        """Nothing more is read. The files are closed when the last read has ended, however late
+        that is."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            for _ in range(THREADS):
+                self._work_to_do.put(None)
+            workers = self._workers
+        if not workers:
+            self._end()
+
+    def way(self, device: int, find: Callable[[], Straight | None]) -> Straight | None:
+        """What `find` gives for a device, once a thread of its own has found it: that may take
+        long, and until then there is none."""
+        with self._lock:
+            if device in self._ways or self._closed:
+                return self._ways.get(device)
+            self._ways[device] = None
+        thread = threading.Thread(
+            target=self._find, args=(device, find), name="kvstore-direct-way", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads: the next one tries it again
+            with self._lock:
+                del self._ways[device]
+        return None
 
     def groups(
         self,
@@ -177,25 +223,18 @@ class DirectFiles:
         `most` at once, good until the next are asked for. It ends before the first that is not
         there by the deadline (monotonic), cannot be read, or is not what was stored. They are in
         host memory, or where `make` takes it on the `device`, as far as that has room."""
-        if not blocks:
-            return
         with self._lock:
-            if sum(ring.busy > 0 for ring in self._spare) >= LATE_RINGS:
+            if not blocks or sum(ring.busy > 0 for ring in self._spare) >= LATE_RINGS:
                 return
         size = max(what.size for what in blocks)
-        ring = self._ring(slot_bytes_of(size) + SLOT_ALIGNMENT, device, make)
+        try:
+            ring = self._ring(slot_bytes_of(size) + SLOT_ALIGNMENT, device, make)
+        except (OSError, MemoryError):
+            return
         most = max(1, min(most, ring.slots // 2))
         reads: list[_Read] = []
-
-        def ahead(until: int) -> None:
-            for at in range(len(reads), min(until, len(blocks))):
-                reads.append(_Read(blocks[at], at % ring.slots))
-                with self._lock:
-                    ring.busy += 1
-                self._reads.put((reads[-1], ring))
-
         try:
-            ahead(ring.slots)
+            self._ahead(reads, blocks, ring, ring.slots)
             for first in range(0, len(blocks), most):
                 good: list[int] = []
                 for read in reads[first : first + most]:
@@ -207,52 +246,93 @@ class DirectFiles:
                     yield good, ring
                 if len(good) < min(most, len(blocks) - first):
                     return
-                ahead(first + most + ring.slots)
+                self._ahead(reads, blocks, ring, first + most + ring.slots)
         finally:
             self._give_back(ring)
 
     # -- inside --------------------------------------------------------------------------------
 
+    def _ahead(self, reads: list[_Read], blocks: Sequence[Wanted], ring: Ring, until: int) -> None:
+        """Have blocks read up to that one."""
+        for at in range(len(reads), min(until, len(blocks))):
+            read = _Read(blocks[at], at % ring.slots)
+            reads.append(read)
+            with self._lock:
+                if self._closed:
+                    read.done.set()
+                    continue
+                ring.busy += 1
+                self._work_to_do.put(functools.partial(self._read, read, ring))
+
     def _ring(self, slot_bytes: int, device: int | None, make: MakeRing | None) -> Ring:
+        slots = max(2, RING_BYTES // slot_bytes)
+        if slots * slot_bytes > RING_BYTES:  # so much of its memory an engine has not to spare
+            device, make = None, None
         with self._lock:
             for ring in self._spare:
                 if (ring.slot_bytes, ring.device) == (slot_bytes, device) and not ring.busy:
                     self._spare.remove(ring)
                     return ring
-        slots = max(2, RING_BYTES // slot_bytes)
         if make is not None:
             with contextlib.suppress(OSError):
                 return make(slot_bytes, slots)
         return HostRing(self._files, slot_bytes, slots)
 
     def _give_back(self, ring: Ring) -> None:
-        """For the next call, once no late read goes there any more."""
+        """For the next call, once no late read goes there any more. Some are kept; the memory of
+        others is given back by a worker, since a device may take its time for that."""
         with self._lock:
             self._spare.append(ring)
             idle = [one for one in self._spare if not one.busy]
-            for old in idle[:-SPARE_RINGS]:
+            for old in [] if self._closed else idle[:-SPARE_RINGS]:
                 self._spare.remove(old)
+                self._work_to_do.put(old.drop)
 
     def _work(self) -> None:
-        while (given := self._reads.get()) is not None:
-            read, ring = given
-            try:
-                with contextlib.suppress(OSError):  # the daemon reads it next, and says what it is
-                    read.address = ring.fetch(read.what, read.slot)
-            finally:
-                with self._lock:
-                    ring.busy -= 1
-                read.done.set()
+        while (work := self._work_to_do.get()) is not None:
+            with contextlib.suppress(Exception):  # the daemon reads it next, and says what it is
+                work()
+        with self._lock:
+            self._workers -= 1
+            last = not self._workers
+        if last:
+            self._end()
+
+    def _read(self, read: _Read, ring: Ring) -> None:
+        try:
+            read.address = ring.fetch(read.what, read.slot)
+        finally:
+            with self._lock:
+                ring.busy -= 1
+            read.done.set()
+
+    def _find(self, device: int, find: Callable[[], Straight | None]) -> None:
+        found = find()
+        with self._lock:
+            if not self._closed:
+                self._ways[device] = found
+                return
+        if found is not None:
+            found.close()
 
     def _end(self) -> None:
-        for thread in self._threads:
-            thread.join()
-        self._close_files()
-
-    def _close_files(self) -> None:
-        files, self._files = self._files, []
+        """The last read has ended."""
+        with self._lock:
+            files, self._files = self._files, []
+            rings, self._spare = self._spare, []
+            ways, self._ways = self._ways, {}
+        for ring in rings:
+            with contextlib.suppress(Exception):
+                ring.drop()
+        for way in ways.values():
+            if way is not None:
+                way.close()
         for file, _ in files:
             os.close(file)
+
+
+def _inode(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def _open(path: Path) -> int:

@@ -47,13 +47,21 @@ class BusyPoll:
             self._loop.call_soon(self._again)
 
     def _again(self) -> None:
+        try:
+            self._do_some()
+        finally:
+            self._go_on()
+
+    def _do_some(self) -> None:
         now = time.monotonic()
         if self._work and self._until - now < self._spin.window_s - self._rest_s:
             work = next(iter(self._work))
             del self._work[work]
             if work():
                 self._work[work] = None
-        if now < self._until or self._work:
+
+    def _go_on(self) -> None:
+        if time.monotonic() < self._until or self._work:
             self._loop.call_soon(self._again)
         else:
             self._spinning = False

@@ -257,11 +257,9 @@ class DeviceSums:
         self._kernel: _Kernel | None = None
         self._refusal = ""  # why this device is not asked any more
 
-    def sums(
-        self, addresses: Sequence[int], size: int, seeds: Sequence[int], stream: int = 0
-    ) -> list[int]:
-        """The sums of the `size` bytes at each address, of what is there when all that the stream
-        was given before is done. Waits for that and for the device; needs no memory of it.
+    def sums(self, addresses: Sequence[int], size: int, seeds: Sequence[int]) -> list[int]:
+        """The sums of the `size` bytes at each address, of what is there now: on a stream of its
+        own, which waits for nobody's work and lets nobody wait. Needs no memory of the device.
 
         Raises ValueError for fewer bytes than SIZE_MIN, OSError where the device cannot do it or
         did it wrongly at its trial: whoever asks reads the bytes back and sums them on the host.
@@ -276,7 +274,7 @@ class DeviceSums:
             found: list[int] = []
             for at in range(0, len(addresses), RANGES_MAX):
                 some = slice(at, at + RANGES_MAX)
-                found += kernel.sums(addresses[some], size, seeds[some], stream)
+                found += kernel.sums(addresses[some], size, seeds[some])
             return found
 
     def _tried(self) -> _Kernel:
@@ -308,6 +306,7 @@ class _Kernel:
         with self._here():
             self._kernel: Any = cupy.RawKernel(SOURCE, "kvstore_sums")
             self._kernel.compile()
+            self._stream: Any = self._cuda.Stream(non_blocking=True)
             self._table = self._pinned(3 * RANGES_MAX * 8).view(np.uint64)
 
     def check(self) -> None:
@@ -317,13 +316,11 @@ class _Kernel:
             memory = self._pinned(len(content))
         memory[:] = np.frombuffer(content, np.uint8)
         for at, size, seed in TRIALS:
-            [found] = self.sums([memory.ctypes.data + at], size, [seed], 0)
+            [found] = self.sums([memory.ctypes.data + at], size, [seed])
             if found != xxh3_64_intdigest(content[at : at + size], seed):
                 raise OSError(errno.EIO, f"it sums {size} bytes wrongly")
 
-    def sums(
-        self, addresses: Sequence[int], size: int, seeds: Sequence[int], stream: int
-    ) -> list[int]:
+    def sums(self, addresses: Sequence[int], size: int, seeds: Sequence[int]) -> list[int]:
         """See DeviceSums.sums; at most RANGES_MAX ranges."""
         count = len(addresses)
         self._table[:count] = addresses
@@ -344,11 +341,11 @@ class _Kernel:
                 1,
                 1,
                 0,
-                stream,
+                self._stream.ptr,
                 ctypes.addressof(given),
                 0,
             )
-            self._runtime.streamSynchronize(stream)
+            self._stream.synchronize()
         found: list[int] = self._table[2 * count : 3 * count].tolist()
         return found
 

@@ -6,6 +6,7 @@ fences the tier, and the daemon serves from DRAM alone.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -65,9 +66,10 @@ class Disk:
         config = self._config
         for folder in config.folders:
             _make_durably(folder)
-            if config.gid is not None:
-                os.chown(folder, -1, config.gid)
-                folder.chmod(0o710)
+            with contextlib.suppress(OSError):  # the files then tell that nobody else reads them
+                if config.gid is not None:
+                    os.chown(folder, -1, config.gid)
+                folder.chmod(0o700 if config.gid is None else 0o710)
         files = NvmeFiles.open(config.folders, config.size_bytes, config.slab_bytes, gid=config.gid)
         tier = files if config.faults is None else FaultyTier(files, config.faults)
         try:

@@ -97,6 +97,8 @@ class Learning:
                 self._asked(note, now)
             else:
                 self._offered(note, now)
+        if self.notes:  # they name rows, which must not be somebody else's before
+            return True
         room = self.placement.room
         if self.catalog.ghosts:
             self.catalog.forget_ghosts(self._ghosts_max())

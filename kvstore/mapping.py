@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 
 HUGE_BYTES = 2 << 20
-ATTEMPTS = 8
+ATTEMPTS = 64  # each fills one gap that misleads
 MADV_POPULATE_WRITE = 23
 MADV_COLLAPSE = 25
 RESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE

@@ -27,6 +27,7 @@ from kvstore.types import DRAM, HBM, NO_GPU, NVME, SLOT_ALIGNMENT, slot_bytes_of
 
 CLIMBS_MAX = 64  # copies under way to one device
 LOOKED_AT_MAX = 64  # blocks passed over while looking for one that may go
+OFFSETS_BYTES_MAX = 2 << 20  # in one answer; of more blocks none count as found in HBM
 NO_OFFSET = 0xFFFFFFFFFFFFFFFF
 
 
@@ -106,7 +107,7 @@ class Mirror:
         """Of the blocks that were found in DRAM, or left on NVMe, those that are on the lease's
         devices count as found in HBM. They stay there while the lease lasts."""
         wanted = [seats for seats in self._wanted(lease) if seats is not None]
-        if wanted:
+        if wanted and 8 * lease.entry.layout.shards * len(lease.blocks) <= OFFSETS_BYTES_MAX:
             found = (DRAM, NVME) if lease.direct else (DRAM,)
             lease.tiers = bytes(
                 HBM if tier in found and all(seats.has(block) for seats in wanted) else tier

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from kvstore.catalog import FRESH, LOADING, READY, STORED, UNPROVEN, WRITING, LayoutEntry
+from kvstore.checksums import SUM_BYTES
 from kvstore.holdings import Holdings
 from kvstore.leases import ReadLease, Session, Sessions
 from kvstore.orders import Move, MoveKind, Outcome
@@ -13,6 +14,7 @@ from kvstore.types import DRAM, HBM, NVME
 
 # Why a grant ends where it does, as on the wire.
 END, ABSENT, PENDING, LATE, NO_ROOM, TOO_SLOW, FAILED = range(7)
+BESIDE_BYTES_MAX = 1 << 20  # of places and sums in one answer
 PROVEN = READY | UNPROVEN  # under this mask, a block that can be read now is READY
 STOP_NAMES = ("end", "absent", "pending", "late", "no_room", "too_slow", "failed")
 
@@ -237,6 +239,10 @@ class Reads:
         if worth < len(chain):
             del chain[worth:]
             lease.stop = TOO_SLOW
+        most = max(1, BESIDE_BYTES_MAX // (8 + SUM_BYTES * lease.entry.layout.shards))
+        if len(chain) > most:  # whoever asks again for the rest gets it
+            del chain[most:]
+            lease.stop = NO_ROOM
         for block in chain:
             self.catalog.pins[block] += 1
         lease.blocks += chain

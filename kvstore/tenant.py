@@ -337,7 +337,10 @@ class Tenant:
         assert self._disk is not None
         assert self._ways is not None
         if not self._ways.chosen:
-            self._ways.choose(late=True)
+            try:
+                self._ways.choose(late=True)
+            except OSError as error:
+                log.error("no gds", tenant=self.name, problem=str(error))
         paths = list(map(str, self._disk.paths))
         config = self._config
         nvme = NvmePlaces(

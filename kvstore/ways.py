@@ -96,7 +96,15 @@ class Ways:
 
     def _choose_for_devices(self) -> None:
         """The first device speaks for all: what differs is how the drive is connected."""
-        choice = self._measure(self._arenas[0])
+        try:
+            self._take(self._measure(self._arenas[0]))
+        except OSError as error:
+            self.close()
+            if self._config.engine == "gds":
+                raise
+            self.engine, self.why = "posix", f"posix: it could not be measured: {error}"
+
+    def _take(self, choice: Choice) -> None:
         self.engine, self.why, self.speeds = choice.engine, choice.why, choice.read_bytes_per_s
         if choice.engine == "posix":
             choice.files.close()

@@ -60,16 +60,15 @@ class HostCupy:
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
         self.compiled = 0
-        self.waited: list[int] = []  # for these streams
+        self.streams: list[int] = []  # that something was launched on
         self.devices: list[int] = []  # that were made the current one
         self.lost = False
         self.cuda = SimpleNamespace(
             Device=self._device,
             alloc_pinned_memory=bytearray,
             driver=SimpleNamespace(launchKernel=self._launch, CUDADriverError=self.CUDADriverError),
-            runtime=SimpleNamespace(
-                streamSynchronize=self._wait, CUDARuntimeError=self.CUDARuntimeError
-            ),
+            Stream=self._stream,
+            runtime=SimpleNamespace(CUDARuntimeError=self.CUDARuntimeError),
         )
 
     def RawKernel(self, source: str, name: str) -> Any:
@@ -86,11 +85,15 @@ class HostCupy:
         yield
 
     def _launch(self, kernel: int, *shape_and_more: int) -> None:
-        blocks, *ones, threads, y, z, shared, _, given, extra = shape_and_more
+        blocks, *ones, threads, y, z, shared, stream, given, extra = shape_and_more
         assert (kernel, ones, y, z, shared, extra) == (1, [1, 1], 1, 1, 0, 0)
+        self.streams.append(stream)
         self.kernel.launch(blocks, threads, given)
 
-    def _wait(self, stream: int) -> None:
-        self.waited.append(stream)
+    def _stream(self, *, non_blocking: bool) -> Any:
+        assert non_blocking, "it would wait for the engine's work, and the engine for it"
+        return SimpleNamespace(ptr=77, synchronize=self._wait)
+
+    def _wait(self) -> None:
         if self.lost:
             raise self.CUDARuntimeError("cudaErrorIllegalAddress")

@@ -119,6 +119,25 @@ def test_work_is_noted_once(loop: Loop, clock: Clock) -> None:
     assert done == [0]
 
 
+def test_work_that_fails_is_not_the_end(loop: Loop, clock: Clock) -> None:
+    def fail() -> bool:
+        raise ValueError("a defect")
+
+    poll, done = awake(loop), list[int]()
+    poll.served()
+    poll.later(fail)
+    poll.later(pieces(1, done))
+    clock.now += 2 * REST_S
+    with pytest.raises(ValueError, match="a defect"):
+        loop.step()
+    loop.step()
+    assert done == [0]
+    clock.now += 2 * WINDOW_S
+    while loop.soon:
+        loop.step()
+    assert not poll.later(fail), "it sleeps now"
+
+
 @pytest.mark.parametrize("window_s", [0.0, WINDOW_S])
 def test_who_sleeps_takes_no_work(loop: Loop, window_s: float) -> None:
     assert not awake(loop, window_s).later(lambda: False)

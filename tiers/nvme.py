@@ -51,7 +51,7 @@ from kvstore.tiers.base import (
     write_fully,
 )
 
-FILE_NAME = "blocks.kv"
+FILE_NAME, LOCK_NAME = "blocks.kv", "blocks.lock"
 HEADER_BYTES = 1 << 20
 PROBE_OFFSET = ALIGNMENT
 VERSION = 1
@@ -70,6 +70,7 @@ def use_direct_io(file: int) -> None:
 @dataclasses.dataclass(frozen=True)
 class _Device:
     path: Path
+    lock: int  # the file beside it: others cannot open that, and could lock what they may read
     file: int
     file_id: bytes
     direct: bool
@@ -122,12 +123,11 @@ class NvmeFiles:
             for number, folder in enumerate(folders):
                 shape = _Shape(number, len(folders), slab_bytes, HEADER_BYTES + slabs * slab_bytes)
                 devices.append(_open_device(folder / FILE_NAME, shape, direct_io, warnings))
-                if gid is not None:
-                    os.fchown(devices[-1].file, -1, gid)
-                os.fchmod(devices[-1].file, 0o600 if gid is None else 0o640)
+                _share(devices[-1], gid, warnings)
         except BaseException:
             for device in devices:
                 os.close(device.file)
+                os.close(device.lock)
             raise
         return cls(devices, slab_bytes, warnings)
 
@@ -177,6 +177,7 @@ class NvmeFiles:
         devices, self._devices = self._devices, ()
         for device in devices:
             os.close(device.file)
+            os.close(device.lock)
 
     def _open_devices(self) -> tuple[_Device, ...]:
         if not self._devices:
@@ -226,11 +227,15 @@ class _Shape:
 
 def _open_device(path: Path, shape: _Shape, direct_io: DirectIO, warnings: list[str]) -> _Device:
     """The file at `path`, locked for this process, made anew when it does not fit."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
     try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         with contextlib.ExitStack() as undo:
+            lock = os.open(path.with_name(LOCK_NAME), flags, 0o600)
+            undo.callback(os.close, lock)
+            _lock(lock)
+            file = os.open(path, flags, 0o600)
             undo.callback(os.close, file)
-            device = _prepare(file, path, shape, direct_io, warnings)
+            device = _prepare(file, lock, path, shape, direct_io, warnings)
             undo.pop_all()
             return device
     except OSError as error:
@@ -238,9 +243,8 @@ def _open_device(path: Path, shape: _Shape, direct_io: DirectIO, warnings: list[
 
 
 def _prepare(
-    file: int, path: Path, shape: _Shape, direct_io: DirectIO, warnings: list[str]
+    file: int, lock: int, path: Path, shape: _Shape, direct_io: DirectIO, warnings: list[str]
 ) -> _Device:
-    _lock(file)
     file_id = _read_id(file, shape)
     if file_id is None:
         if os.fstat(file).st_size:
@@ -255,7 +259,17 @@ def _prepare(
             f"{path} lies on a filesystem that refuses O_DIRECT: its I/O goes through the page "
             "cache and competes for memory; put nvme.paths on ext4 or xfs"
         )
-    return _Device(path, file, file_id, direct)
+    return _Device(path, lock, file, file_id, direct)
+
+
+def _share(device: _Device, gid: int | None, warnings: list[str]) -> None:
+    """Let a group read the file, or nobody."""
+    try:
+        if gid is not None:
+            os.fchown(device.file, -1, gid)
+        os.fchmod(device.file, 0o600 if gid is None else 0o640)
+    except OSError as error:
+        warnings.append(f"{device.path} cannot be read by its clients: {error.strerror}")
 
 
 def _lock(file: int) -> None:

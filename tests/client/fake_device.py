@@ -89,6 +89,7 @@ class FakeDevice:
         self.blocking = threading.Event()  # cleared: plain copies of ordinary memory do not return
         self.blocking.set()
         self.registered: dict[int, int] = {}
+        self.allocated: dict[int, Any] = {}  # memory of the device, by address
         self.gate: threading.Semaphore | None = None  # one for each registration, once there is one
         self.copies: dict[Way, int] = dict.fromkeys(Way, 0)
         self.threads: set[str] = set()  # names of those that gave copies
@@ -244,6 +245,18 @@ class FakeDevice:
         self.registered[host.ctypes.data] = size
         yield host.ctypes.data, memory.ctypes.data
         del self.registered[host.ctypes.data]
+
+    def allocate(self, size: int) -> int:
+        """See Device."""
+        self.check()
+        memory = np.zeros(size, "u1")
+        self.allocated[memory.ctypes.data] = memory
+        return int(memory.ctypes.data)
+
+    def free(self, address: int) -> None:
+        """See Device."""
+        self.check()
+        del self.allocated[address]
 
     # -- inside --------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from xxhash import xxh3_64_intdigest
 
-from kvstore.client import Cache, cuda_straight
+from kvstore.client import Cache
 from kvstore.client import cuda as cuda_module
 from kvstore.client.cuda import Copier
 from kvstore.client.cuda_device import Device
@@ -21,7 +21,7 @@ from kvstore.cufile import BouncedFiles
 from kvstore.straight import Straight
 from tests.client.fake_device import SIZE as SIZE
 from tests.client.fake_device import FakeDevice, bytes_of, empty, on_device, ready
-from tests.e2e.harness import Daemon, contents, hashes, layout
+from tests.e2e.harness import Daemon, contents, hashes, layout, wait_for
 
 KEYS = hashes(24, "direct")
 
@@ -74,6 +74,10 @@ def ways(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> Ways:
     ways = Ways()
     monkeypatch.setattr(cuda_module, "straight", ways.straight)
     cache.client.session(1e9).attached.nvme.engine = "gds"
+    files, copier = cache.client.direct_files(), cache.copier
+    assert files is not None and copier is not None
+    assert copier.rings(0, files, "device") is None, "nobody waits for it"
+    wait_for(lambda: copier.rings(0, files, "device"), "the way to be open")
     return ways
 
 
@@ -137,13 +141,24 @@ def test_no_room_on_the_device(
 ) -> None:
     """Then it goes by the host."""
 
+    asked = []
+
     def full(size: int) -> None:
+        asked.append(size)
         raise MemoryError(size)
 
-    monkeypatch.setattr(device, "scratch", full)
+    monkeypatch.setattr(device, "allocate", full)
     there = empty(len(KEYS))
     assert cache.get(KEYS, there, direct=True, deadline_s=30).tiers == {"nvme": len(KEYS)}
     assert bytes_of(there) == contents(KEYS, SIZE)
+    assert len(asked) == 1 and not ways.sums
+
+
+def test_memory_of_the_device_is_given_back(cache: Cache, ways: Ways, device: FakeDevice) -> None:
+    assert cache.get(KEYS, empty(len(KEYS)), direct=True).length == len(KEYS)
+    assert len(device.allocated) == 1
+    cache.client.close()
+    wait_for(lambda: not device.allocated or None, "the ring to go")
 
 
 def test_without_cufile(
@@ -155,13 +170,13 @@ def test_without_cufile(
     def missing(*_: object) -> None:
         raise OSError("no CUDA driver here")
 
-    monkeypatch.setattr(cuda_straight, "CuFiles", missing, raising=False)
     monkeypatch.setattr("kvstore.cufile.CuFiles", missing)
     with caplog.at_level(logging.WARNING, "kvstore"):
         for _ in range(2):
             there = empty(len(KEYS))
             assert cache.get(KEYS, there, direct=True, deadline_s=30).length == len(KEYS)
             assert bytes_of(there) == contents(KEYS, SIZE)
+        wait_for(lambda: "by the host" in caplog.text or None, "a line about it")
     assert len([one for one in caplog.records if "by the host" in one.message]) == 1
 
 

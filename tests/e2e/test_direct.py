@@ -3,6 +3,7 @@ DRAM left as it is."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
 import time
@@ -196,6 +197,117 @@ def test_while_many_calls_hang_no_more_is_begun(
             wait_for(lambda: not any(ring.busy for ring in files._spare) or None, "reads to end")
         assert sum(len(good) for good, _ in files.groups(wanted, 8, by)) == len(OLD)
     assert len(files._spare) <= direct_module.SPARE_RINGS
+
+
+def test_a_client_that_is_closed_does_not_wait(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reads that nobody will make end with the files; so do threads and descriptors."""
+    go_on, begun = threading.Event(), threading.Event()
+
+    def hang(*_: object) -> None:
+        begun.set()
+        go_on.wait(60)
+
+    files = cache.client.direct_files()
+    assert files is not None
+    with cache._acquire(OLD, 1.0, None, 0, direct=True) as grant:
+        wanted = list(direct_module.wanted(grant, cache.layout, OLD, None).values())
+    monkeypatch.setattr(direct_module, "RING_BYTES", 4 * SIZE)
+    monkeypatch.setattr(HostRing, "fetch", hang)
+    found: list[int] = []
+    waiting = threading.Thread(
+        target=lambda: found.append(len(list(files.groups(wanted, 1, time.monotonic() + 60))))
+    )
+    waiting.start()
+    assert begun.wait(10)
+    cache.client.close()
+    assert not list(files.groups(wanted, 1, time.monotonic() + 60))
+    go_on.set()
+    waiting.join(10)
+    assert found == [0]
+    wait_for(lambda: not files._files or None, "the files to be closed")
+    wait_for(
+        lambda: not any("kvstore-direct" in one.name for one in threading.enumerate()) or None,
+        "the threads to end",
+    )
+
+
+def test_files_that_were_made_anew_are_noticed(daemon: Daemon, cache: Cache) -> None:
+    """Else the old ones would be read for ever, and keep their place on the drive."""
+    first = cache.client.direct_files()
+    assert first is not None
+    daemon.stop()
+    for path in files_of(daemon):
+        path.unlink()
+    daemon.start()
+    on_nvme(daemon, cache)
+    into = targets(len(OLD), SIZE)
+    assert cache.get(OLD, into, direct=True, deadline_s=30).length == len(OLD)
+    assert into == contents(OLD, SIZE)
+    assert cache.client.direct_files() is not first
+    assert cache.lookup(OLD).tiers == {"nvme": len(OLD)}, "they were read from the new ones"
+
+
+def test_a_client_cannot_keep_the_daemon_from_its_files(daemon: Daemon, cache: Cache) -> None:
+    (path,) = files_of(daemon)
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        daemon.stop()
+        daemon.start()
+    assert daemon.client().open(cache.layout).lookup(OLD).length == len(OLD)
+
+
+def test_an_answer_is_never_too_long(make_daemon: MakeDaemon) -> None:
+    """However many shards, and however often a block is named: the rest is asked for again."""
+    daemon = make_daemon(dram={"size": 64 * MIB, "slab_size": 4 * MIB}, nvme={"size": 64 * MIB})
+    daemon.start()
+    with daemon.client() as client:
+        cache = client.open(layout("wide", shard_bytes=16, shards=1024))
+        size = cache.layout.block_bytes
+        keys = hashes(300, "wide")
+        cache.put(keys, contents(keys, size), deadline_s=30)
+        daemon.settled()
+    daemon.stop()
+    daemon.lose_memory()
+    daemon.start()
+    with daemon.client() as client:
+        cache = client.open(cache.layout)
+        grant = cache._acquire(keys, 1.0, None, 0, direct=True)
+        assert 0 < grant.length < len(keys)
+        assert grant.stop == "no_room"
+        assert len(grant.beside) <= 1 << 20
+        grant.release()
+        many = cache._acquire([keys[0]] * 5_000, 1.0, None, 0, direct=True)
+        assert len(many.beside) <= 1 << 20
+        many.release()
+        into = targets(len(keys), size)
+        got = cache.get(keys, into, direct=True, deadline_s=30)
+        assert got.tiers == {"nvme": len(keys)}
+        assert into == contents(keys, size)
+        assert cache.lookup(keys).tiers == {"nvme": len(keys)}
+
+
+def test_no_thread_to_be_had(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then it is as without `direct`, and nothing stays open."""
+    started: list[object] = []
+    real = threading.Thread.start
+
+    def start(self: threading.Thread) -> None:
+        if self.name.startswith("kvstore-direct"):
+            started.append(self)
+            if len(started) == 3:
+                raise RuntimeError("can't start new thread")
+        real(self)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    into = targets(len(OLD), SIZE)
+    assert cache.get(OLD, into, direct=True, deadline_s=30).length == len(OLD)
+    assert into == contents(OLD, SIZE)
+    wait_for(
+        lambda: not any("kvstore-direct" in one.name for one in threading.enumerate()) or None,
+        "the threads to end",
+    )
 
 
 def test_the_group_may_read(make_daemon: MakeDaemon) -> None:

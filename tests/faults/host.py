@@ -144,8 +144,8 @@ class Host:
             """In place of the class, for as long as the tenant is made and lives."""
 
             @staticmethod
-            def open(*arguments: Any) -> Any:
-                files = real.open(*arguments)
+            def open(*arguments: Any, **options: Any) -> Any:
+                files = real.open(*arguments, **options)
                 self.tier = wrap(files)
                 if self.tier is not files:
                     self.tier.file_ids, self.tier.warnings = files.file_ids, files.warnings
