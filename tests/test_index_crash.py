@@ -27,6 +27,7 @@ from kvstore.index import FILE_NAME as INDEX_NAME
 from kvstore.index import _columns
 from kvstore.tiers.base import ALIGNMENT
 from kvstore.tiers.nvme import FILE_NAME as BLOCKS_NAME
+from kvstore.tiers.nvme import LOCK_NAME
 from kvstore.tiers.nvme import HEADER_BYTES, NvmeFiles
 from tests.index_workload import (
     FAR_S,
@@ -115,7 +116,7 @@ def test_death_during_the_rewrite_leaves_the_old_index(workload: Workload, devic
         assert index.flush(FAR_S)
         index.close(FAR_S)
         files.close()
-        assert sorted(os.listdir(device.folder)) == [BLOCKS_NAME, INDEX_NAME]
+        assert sorted(os.listdir(device.folder)) == [BLOCKS_NAME, LOCK_NAME, INDEX_NAME]
 
 
 # --- Decay
