@@ -27,8 +27,7 @@ from kvstore.index import FILE_NAME as INDEX_NAME
 from kvstore.index import _columns
 from kvstore.tiers.base import ALIGNMENT
 from kvstore.tiers.nvme import FILE_NAME as BLOCKS_NAME
-from kvstore.tiers.nvme import LOCK_NAME
-from kvstore.tiers.nvme import HEADER_BYTES, NvmeFiles
+from kvstore.tiers.nvme import HEADER_BYTES, LOCK_NAME, NvmeFiles
 from tests.index_workload import (
     FAR_S,
     LAYOUTS,
