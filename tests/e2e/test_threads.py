@@ -160,7 +160,7 @@ def test_a_deadline_that_comes_before_the_load(cold: tuple[Daemon, list[bytes]],
         started = time.monotonic()
         with cache.acquire(keys, deadline_s=0.1) as grant:
             assert (grant.length, grant.stop) == (0, "late")
-        assert 0.1 <= time.monotonic() - started < 1.0
+        assert 0.098 <= time.monotonic() - started < 1.0  # the loop counts in milliseconds
         assert cache.acquire(keys, deadline_s=0).stop == "late"
         assert cache.get(keys, targets(20, SIZE), deadline_s=0.05).length == 0
         assert daemon.stats().moves.loads == 20, "ordered once, not four times"
