@@ -57,7 +57,7 @@ class Parts:
 
     def find(self, session: Session, device: Device) -> Part | None:
         """The part on this device, by its PCI address; None where there is none, or it cannot be
-        opened. What is in it is in DRAM, too."""
+        opened. What is in it is in DRAM or on NVMe, too."""
         if not session.attached.gpus:
             return None
         key = (session, device.number)

@@ -50,7 +50,7 @@ class DeviceRing:
             self._owner.free(self._address)
 
 
-class DeviceBytes:
+class CopiedMemory:
     """A device's memory as `kvstore.cufile.DeviceMemory`, on a stream for each thread."""
 
     def __init__(self, device: Device) -> None:
@@ -94,4 +94,4 @@ def straight(device: Device, paths: Sequence[Path], sums: str) -> Straight | Non
         log.warning("kvstore: blocks on NVMe come by the host's memory: %s", error)
         return None
     made = DeviceSums(device.number).sums if sums == "device" else None
-    return Straight(files, DeviceBytes(device), made)
+    return Straight(files, CopiedMemory(device), made)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from kvstore.cufile import open_direct, read_fully
 from kvstore.mapping import address_of_map
 from kvstore.types import NVME, SLOT_ALIGNMENT, Layout, slot_bytes_of
 
@@ -93,7 +94,7 @@ MakeRing = Callable[[int, int], Ring]  # bytes of a slot, slots; may raise OSErr
 class HostRing:
     """See Ring: whole pages are read, and checked by the processor."""
 
-    def __init__(self, files: Sequence[tuple[int, Path]], slot_bytes: int, slots: int) -> None:
+    def __init__(self, files: Sequence[int], slot_bytes: int, slots: int) -> None:
         from xxhash import xxh3_64_intdigest
 
         self.device: int | None = None
@@ -111,13 +112,8 @@ class HostRing:
         skip = what.position % SLOT_ALIGNMENT
         start, whole = what.position - skip, slot_bytes_of(skip + what.size)
         base = slot * self.slot_bytes
-        file, path = self._files[what.file]
-        done, view = 0, memoryview(self._memory)[base : base + whole]
-        while done < whole:
-            count = os.preadv(file, [view[done:]], start + done)
-            if not count:
-                raise OSError(f"{path} ends at {start + done}")
-            done += count
+        view = memoryview(self._memory)[base : base + whole]
+        read_fully(self._files[what.file], view, start, whole)
         size = what.size // len(what.sums)
         for at, (first, expected) in enumerate(zip(what.seeds, what.sums, strict=True)):
             shard = view[skip + at * size : skip + (at + 1) * size]
@@ -150,7 +146,7 @@ class DirectFiles:
         import xxhash  # noqa: F401
 
         self.paths = tuple(map(Path, paths))
-        self._files: list[tuple[int, Path]] = []
+        self._files: list[int] = []
         self._spare: list[Ring] = []
         self._ways: dict[int, Straight | None] = {}  # by device; None: not yet, or not to be had
         self._lock = threading.Lock()
@@ -159,8 +155,8 @@ class DirectFiles:
         self._work_to_do: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         try:
             for path in self.paths:
-                self._files.append((_open(path), path))
-            self._inodes = [_inode(os.fstat(file)) for file, _ in self._files]
+                self._files.append(open_direct(path))
+            self._inodes = [_inode(os.fstat(file)) for file in self._files]
             for at in range(THREADS):
                 thread = threading.Thread(
                     target=self._work, name=f"kvstore-direct-{at}", daemon=True
@@ -327,19 +323,9 @@ class DirectFiles:
         for way in ways.values():
             if way is not None:
                 way.close()
-        for file, _ in files:
+        for file in files:
             os.close(file)
 
 
 def _inode(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
-
-
-def _open(path: Path) -> int:
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-    try:
-        return os.open(path, flags | os.O_DIRECT)
-    except OSError as error:
-        if not isinstance(error, PermissionError | FileNotFoundError):
-            return os.open(path, flags)  # its filesystem does not take O_DIRECT
-        raise

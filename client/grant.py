@@ -72,7 +72,7 @@ class Grant:
     @functools.cached_property
     def copies(self) -> list[int | None]:
         """For each block and shard where its copy starts in the arena of the GPU that was asked
-        for, None where there is none. The block is at its place in DRAM, too."""
+        for, None where there is none. But for a direct request it is at its place in DRAM, too."""
         found = array("Q", self._reply.copies)
         if not found:
             return [None] * (self.length * self._layout.shards)

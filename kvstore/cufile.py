@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kvstore import filesystems
-from kvstore.types import MIB, SLOT_ALIGNMENT
+from kvstore.types import MIB, SLOT_ALIGNMENT, slot_bytes_of
 
 PIECE_BYTES = 4 * MIB  # one bounce buffer, and one request to kvikio
 IN_FLIGHT_LIMIT = 128  # with more requests cuFile was seen to hang
@@ -86,7 +86,7 @@ class BouncedFiles:
         with contextlib.ExitStack() as undo:
             self._files: tuple[int, ...] = ()
             for path in self._paths:
-                self._files += (_open(path, writable),)
+                self._files += (open_direct(path, writable=writable),)
                 undo.callback(os.close, self._files[-1])
             undo.pop_all()
         self._bounces: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
@@ -134,13 +134,13 @@ class BouncedFiles:
         """From the page in which it begins to the page in which it ends: O_DIRECT wants that."""
         skip = position % SLOT_ALIGNMENT
         with self._bounce() as bounce, self._named(file):
-            whole = bounce[: _up(skip + size)]
-            _read_fully(self._files[file], whole, position - skip, skip + size)
+            whole = bounce[: slot_bytes_of(skip + size)]
+            read_fully(self._files[file], whole, position - skip, skip + size)
             self._device.write(address, whole[skip : skip + size])
 
     def _write_piece(self, file: int, position: int, address: int, size: int) -> None:
         with self._bounce() as bounce, self._named(file):
-            whole = bounce[: _up(size)]
+            whole = bounce[: slot_bytes_of(size)]
             self._device.read(address, whole[:size])
             whole[size:] = bytes(len(whole) - size)
             _write_fully(self._files[file], whole, position)
@@ -204,7 +204,9 @@ class CuFiles:
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
             for path in self._paths:
-                os.close(_open(path, writable))  # kvikio does not say what is wrong with a path
+                os.close(
+                    open_direct(path, writable=writable)
+                )  # kvikio does not say what is wrong with a path
                 with self._named(path):
                     self._files += (kvikio.CuFile(path, "r+" if writable else "r"),)
             self.direct = self._is_direct(kvikio)
@@ -344,8 +346,9 @@ def _configure(kvikio: Any, threads: int, task_bytes: int) -> None:
         kvikio.defaults.set(name, value)
 
 
-def _open(path: Path, writable: bool) -> int:
-    flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
+def open_direct(path: Path, *, writable: bool = False) -> int:
+    """Open a file with O_DIRECT, or without where its file system does not take that."""
+    flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
         return os.open(path, flags | os.O_DIRECT)
     except OSError as error:
@@ -377,11 +380,7 @@ def _pieces(
         done += count
 
 
-def _up(size: int) -> int:
-    return -(-size // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
-
-
-def _read_fully(file: int, into: memoryview, position: int, wanted: int) -> None:
+def read_fully(file: int, into: memoryview, position: int, wanted: int) -> None:
     """At least `wanted` bytes, through short reads; OSError (EIO) when the file ends before."""
     done = 0
     while done < wanted:

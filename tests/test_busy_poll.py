@@ -11,23 +11,9 @@ import pytest
 
 from kvstore import busy_poll
 from kvstore.busy_poll import REST_S, BusyPoll
+from tests.loop_by_hand import Loop
 
 WINDOW_S = 0.001
-
-
-class Loop:
-    """One round of `step` is one of the loop."""
-
-    def __init__(self) -> None:
-        self.soon: list[Callable[[], None]] = []
-
-    def call_soon(self, call: Callable[[], None]) -> None:
-        self.soon.append(call)
-
-    def step(self) -> None:
-        calls, self.soon = self.soon, []
-        for call in calls:
-            call()
 
 
 class Clock:

@@ -13,21 +13,7 @@ import pytest
 from kvstore.limits import Bucket, Limits
 from kvstore.protos import kvstore_pb2 as pb
 from kvstore.turns import DEBT_S_MAX, LONG_PART, LONG_S, ROUND_S, Share, Turns, may_be_long
-
-
-class Loop:
-    """One round of `step` is one of the loop."""
-
-    def __init__(self) -> None:
-        self.soon: list[Callable[[], None]] = []
-
-    def call_soon(self, call: Callable[[], None]) -> None:
-        self.soon.append(call)
-
-    def step(self) -> None:
-        calls, self.soon = self.soon, []
-        for call in calls:
-            call()
+from tests.loop_by_hand import Loop
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from kvstore.client import Cache
 from kvstore.client import cuda as cuda_module
 from kvstore.client.cuda import Copier
 from kvstore.client.cuda_device import Device
-from kvstore.client.cuda_straight import DeviceBytes
+from kvstore.client.cuda_straight import CopiedMemory
 from kvstore.cufile import BouncedFiles
 from kvstore.straight import Straight
 from tests.client.fake_device import SIZE as SIZE
@@ -57,7 +57,7 @@ class Ways:
     def straight(self, device: Device, paths: Sequence[Path], sums: str) -> Straight | None:
         assert sums == "device"
         self.made += 1
-        memory = DeviceBytes(device)
+        memory = CopiedMemory(device)
         return Straight(BouncedFiles(paths, memory), memory, self._sums)
 
     def _sums(self, addresses: Sequence[int], size: int, seeds: Sequence[int]) -> list[int]:
@@ -90,13 +90,17 @@ def spoil(daemon: Daemon, at: int) -> None:
         file.write(bytes([block[5] ^ 4]))
 
 
-def test_by_the_host(daemon: Daemon, cache: Cache, device: FakeDevice) -> None:
+def got_twice(daemon: Daemon, cache: Cache) -> None:
     for _ in range(2):
         there = empty(len(KEYS))
         got = cache.get(KEYS, there, direct=True, deadline_s=30)
         assert got.tiers == {"nvme": len(KEYS)}
         assert bytes_of(there) == contents(KEYS, SIZE)
     assert daemon.stats().tiers.dram.blocks == 0
+
+
+def test_by_the_host(daemon: Daemon, cache: Cache, device: FakeDevice) -> None:
+    got_twice(daemon, cache)
     files = cache.client.direct_files()
     assert files is not None
     (ring,) = files._spare
@@ -104,13 +108,8 @@ def test_by_the_host(daemon: Daemon, cache: Cache, device: FakeDevice) -> None:
 
 
 def test_straight(daemon: Daemon, cache: Cache, ways: Ways) -> None:
-    for _ in range(2):
-        there = empty(len(KEYS))
-        got = cache.get(KEYS, there, direct=True, deadline_s=30)
-        assert got.tiers == {"nvme": len(KEYS)}
-        assert bytes_of(there) == contents(KEYS, SIZE)
+    got_twice(daemon, cache)
     assert (ways.made, ways.sums) == (1, 2 * len(KEYS))
-    assert daemon.stats().tiers.dram.blocks == 0
 
 
 @pytest.mark.parametrize("by", ["cache", "ways"])
@@ -181,7 +180,7 @@ def test_without_cufile(
 
 
 def test_bytes_of_a_device(device: FakeDevice) -> None:
-    there, memory = empty(1)[0], DeviceBytes(device)
+    there, memory = empty(1)[0], CopiedMemory(device)
     data = np.arange(SIZE, dtype=np.uint32).tobytes()[:SIZE]
     address = there.__cuda_array_interface__["data"][0]
     memory.write(address, memoryview(data))

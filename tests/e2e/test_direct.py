@@ -144,7 +144,7 @@ def test_who_may_not_read_the_files(
     def refused(path: Path) -> int:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(direct_module, "_open", refused)
+    monkeypatch.setattr(direct_module, "open_direct", refused)
     for _ in range(2):
         into = targets(len(OLD), SIZE)
         assert cache.get(OLD, into, direct=True, deadline_s=30).length == len(OLD)
