@@ -204,9 +204,8 @@ class CuFiles:
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
             for path in self._paths:
-                os.close(
-                    open_direct(path, writable=writable)
-                )  # kvikio does not say what is wrong with a path
+                # kvikio does not say what is wrong with a path
+                os.close(open_direct(path, writable=writable))
                 with self._named(path):
                     self._files += (kvikio.CuFile(path, "r+" if writable else "r"),)
             self.direct = self._is_direct(kvikio)
