@@ -1,6 +1,6 @@
-"""The tenant's arena, mapped into this process, and copies into and out of it.
+"""The tenant's arena, mapped into this process, and where the bytes of a caller's buffers are.
 
-Copies never hold the interpreter lock. Pages are mapped ahead in the background, so that the first
+Pages are mapped ahead in the background, so that the first
 copy through a fresh mapping is not slowed by a page fault for every 4 KiB.
 """
 
@@ -19,10 +19,6 @@ from kvstore.errors import ArenaGone, InvalidBlock, NotPermitted
 from kvstore.mapping import MADV_POPULATE_WRITE, address_of_map, advise, map_shared
 
 POPULATE_BYTES = 64 << 20  # one call: short enough to stop soon when the mapping is closed
-
-_memmove = ctypes.CDLL(None).memmove
-_memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-_memmove.restype = ctypes.c_void_p
 
 
 class Arena:
@@ -100,11 +96,6 @@ class Arena:
             length = min(POPULATE_BYTES, self.size_bytes - start)
             if self._closing or not advise(self.address + start, length, MADV_POPULATE_WRITE):
                 return  # an older kernel: the pages come one by one, as they are used
-
-
-def copy(target: int, source: int, size: int) -> None:
-    """Copy bytes between addresses without holding the interpreter lock."""
-    _memmove(target, source, size)
 
 
 def address_of(buffer: Any, size: int, what: str, *, writable: bool) -> int:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 DEADLINE_S = 1.0  # of reserve and acquire, unless the caller says otherwise
 WAIT_S_MAX = 3_600.0  # longer waits are cut to this, as the daemon does
 GRACE_S = 0.05  # for the answer that the daemon sends at the deadline to arrive
+MANY = 16  # blocks: to prepare a request about so many takes as long as to wake the daemon
 WINDOW_BYTES = 16 << 20  # get copies so much while the rest is still being loaded
 
 
@@ -94,6 +95,7 @@ class Cache:
 
         Raises InvalidBlock, before anything is stored, for a buffer of a wrong size or kind.
         """
+        self._wake(hashes)
         blocks = list(blocks)  # only addresses are kept below: these keep the memory itself
         sources = self._addresses(hashes, blocks, shard, writable=False)
         wait_s = self.client.timeout_s if deadline_s is None else _wait_s(deadline_s)
@@ -139,6 +141,7 @@ class Cache:
 
         The first `length` buffers of the result are verified; a lease that did not hold ends it.
         """
+        self._wake(hashes)
         started, wait_s = time.monotonic(), _wait_s(deadline_s)
         into = list(into)
         targets = self._addresses(hashes, into, shard, writable=True)
@@ -254,6 +257,11 @@ class Cache:
 
     # -- inside --------------------------------------------------------------------------------
 
+    def _wake(self, hashes: Sequence[bytes]) -> None:
+        """A request about many blocks is about to be prepared."""
+        if len(hashes) >= MANY:
+            self.client.wake()
+
     def _ask(
         self,
         verb: int,
@@ -318,7 +326,7 @@ class Cache:
         try:
             if not isinstance(sources, list):
                 return self._fill_from_device(reservation, places, sources, new, shard, copied_by)
-            places.copy_in([sources[at] for at in new], shard)
+            places.copy_in([sources[at] for at in new], shard, session.transport.wake)
             reservation.commit()
         except SessionLost:
             raise Unavailable(

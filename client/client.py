@@ -57,6 +57,9 @@ class Transport(Protocol):
     def settle(self, sessions: Sequence[int], deadline: float) -> None:
         """See Wire.settle."""
 
+    def wake(self) -> None:
+        """See Wire.wake."""
+
     def whole(self) -> bool:
         """See Wire.whole."""
 
@@ -255,6 +258,12 @@ class Client:
         """One call on the present session; a fresh connection is made if there is none."""
         end = self.deadline() if deadline is None else deadline
         return self.attempt(end, lambda session: session.transport.call(verb, request, reply, end))
+
+    def wake(self) -> None:
+        """See `Wire.wake`; without a live session nothing is done."""
+        session = self._session
+        if session is not None and session.transport.pid == os.getpid():
+            session.transport.wake()
 
     def attempt(self, deadline: float, act: Callable[[Session], T]) -> T:
         """What `act` does on the live session; done once more on a fresh one when the connection

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvstore.client.arena import copy
+from kvstore.client.copying import copy_all
 from kvstore.client.grant import Grant
 from kvstore.client.places import Places
 
@@ -86,8 +86,9 @@ class CopyOut:
         targets = self.targets
         size = self.layout.block_bytes if self.shard is None else self.layout.shard_bytes
         if isinstance(targets, list):
-            for at, address in zip(to, addresses, strict=True):
-                copy(targets[at], address, size)
+            copy_all(
+                (targets[at], address, size) for at, address in zip(to, addresses, strict=True)
+            )
             return True
         assert self.copier is not None, "found with the buffers"
         return self.copier.take(

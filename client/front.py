@@ -101,6 +101,9 @@ class FrontDoorWire:
         with contextlib.suppress(KVStoreError):
             self.call(pb.SETTLE, pb.SettleRequest(sessions=sessions), pb.SettleReply, deadline)
 
+    def wake(self) -> None:
+        """See Wire.wake; gRPC's own threads are no faster for it."""
+
     def _attach(self, request: Any, deadline: float) -> Any:
         self._stream = self._stub.Attach(request)
         # The stream lives as long as the session, so only its first message can have a deadline.

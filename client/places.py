@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from kvstore.client.arena import Arena, copy
+from kvstore.client.arena import Arena
+from kvstore.client.copying import copy_all
 from kvstore.errors import InvalidRequest
 from kvstore.types import Layout
 
@@ -61,15 +62,20 @@ class Places:
         kind = dtype if dtype is not None else getattr(torch, self.layout.dtype)
         return torch.frombuffer(self.view(at, shard, writable=True), dtype=kind)
 
-    def copy_in(self, sources: Sequence[int], shard: int | None) -> None:
-        """Fill the blocks, or one shard of each, from these addresses."""
-        for start, source, size in self._runs(sources, shard):
-            copy(self.arena.address + start, source, size)
+    def copy_in(
+        self,
+        sources: Sequence[int],
+        shard: int | None,
+        near_end: Callable[[], None] | None = None,
+    ) -> None:
+        """Fill the blocks, or one shard of each, from these addresses. See `copy_all`."""
+        base, runs = self.arena.address, self._runs(sources, shard)
+        copy_all(((base + start, source, size) for start, source, size in runs), near_end)
 
     def copy_out(self, targets: Sequence[int], shard: int | None) -> None:
         """Copy the blocks, or one shard of each, to these addresses."""
-        for start, target, size in self._runs(targets, shard):
-            copy(target, self.arena.address + start, size)
+        base = self.arena.address
+        copy_all((target, base + start, size) for start, target, size in self._runs(targets, shard))
 
     def _runs(self, addresses: Sequence[int], shard: int | None) -> Iterable[tuple[int, int, int]]:
         """Copies to be made: neighbours on both sides go as one."""

@@ -13,8 +13,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from kvstore.client.arena import address_of, copy
+from kvstore.client.arena import address_of
 from kvstore.client.cache import Cache
+from kvstore.client.copying import Piece, copy_all
 from kvstore.client.grant import Grant
 from kvstore.client.reservation import Reservation
 from kvstore.client.sglang_identity import digest
@@ -257,16 +258,20 @@ class Pages:
         return max(0.0, min(end - time.monotonic(), self.cache.client.timeout_s / 2))
 
     def _copy_in(self, reservation: Reservation, pages: Sequence[Fragments]) -> None:
+        copies: list[Piece] = []
         for i, at in enumerate(reservation.indices):
             place = address_of(reservation.view(i), self.page_bytes, "a slot", writable=True)
             for address, size in pages[at]:
-                copy(place, address, size)
+                copies.append((place, address, size))
                 place += size
+        copy_all(copies)
 
     def _copy_out(self, grant: Grant, into: Sequence[Fragments]) -> None:
         shard = self.ranks.shard or 0
+        copies: list[Piece] = []
         for i, page in enumerate(into):
             place = address_of(grant.view(i, shard), self.page_bytes, "a slot", writable=False)
             for address, size in page:
-                copy(address, place, size)
+                copies.append((address, place, size))
                 place += size
+        copy_all(copies)

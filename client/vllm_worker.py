@@ -26,8 +26,9 @@ from vllm.v1.kv_offload.base import (
     TransferResult,
 )
 
-from kvstore.client.arena import Arena, copy
+from kvstore.client.arena import Arena
 from kvstore.client.client import Client, Session, connect
+from kvstore.client.copying import copy
 from kvstore.errors import KVStoreError
 
 QUIET_S = 60.0  # no second line about failures within this time

@@ -44,6 +44,7 @@ AFTER_LENGTH = HEADER.size - 4
 READ_BYTES = 256 << 10
 NO_ANSWER = 0  # the number of requests that the daemon does not answer
 SPIN_S = 0.0003
+AWAKE_S = 0.0002  # the daemon is, after an answer
 UNDO_S = 5.0  # for the daemon to take back what a caller that gave up was granted
 ABANDONED_S = 60.0  # a call that was given up and has no answer by then ends the connection
 
@@ -52,6 +53,7 @@ _UNDO: dict[int, tuple[Any, int, Any]] = {
     pb.ACQUIRE: (pb.AcquireReply, pb.RELEASE, pb.ReleaseRequest),
     pb.RESERVE: (pb.ReserveReply, pb.ABORT, pb.AbortRequest),
 }
+_WAKE = HEADER.pack(AFTER_LENGTH, pb.WAKE, 0, 0, NO_ANSWER)
 _ENDS_A_LEASE = (pb.COMMIT, pb.ABORT, pb.RELEASE)
 
 
@@ -106,6 +108,7 @@ class Wire:
         self._users = 0  # others that need the socket open
         self._sending = threading.Lock()
         self._received = b""
+        self._heard = 0.0  # when something came
         self.dead: str | None = None
 
     def close(self, why: str = "the client closed it") -> None:
@@ -164,6 +167,26 @@ class Wire:
     def settle(self, sessions: Sequence[int], deadline: float) -> None:
         """Say of sessions that have ended that nothing they were given is written any more."""
         self._tell(pb.SETTLE, pb.SettleRequest(sessions=sessions), deadline)
+
+    def wake(self) -> None:
+        """A request follows in a moment: if the daemon may be asleep, it can wake up meanwhile, at
+        the price of one system call. Never waits, never raises."""
+        if time.monotonic() - self._heard < AWAKE_S:
+            return
+        with self._lock:
+            if self.dead is not None or not self._sending.acquire(blocking=False):
+                return
+            self._users += 1
+        try:
+            if self._socket.send(_WAKE) < len(_WAKE):
+                self.close("a request could not be sent as a whole")
+        except OSError:
+            pass  # the request will tell
+        finally:
+            self._sending.release()
+            with self._lock:
+                self._users -= 1
+                self._close_unused()
 
     def _tell(self, verb: int, request: Any, deadline: float) -> bool:
         """Send a request that is not answered; False when the connection has ended by now."""
@@ -336,6 +359,7 @@ class Wire:
 
     def _take(self, data: bytes) -> None:
         """Hand over the answers that are whole, keep the rest."""
+        self._heard = time.monotonic()
         at, end = 0, len(data)
         while end - at >= HEADER.size:
             length, _, status, _, number = HEADER.unpack_from(data, at)

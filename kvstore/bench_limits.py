@@ -17,7 +17,7 @@ from typing import Any
 import grpc
 import numpy as np
 
-from kvstore.client.arena import copy
+from kvstore.client.copying import copy
 
 CACHE_BYTES = 64 << 20  # more than the last-level cache of most processors
 EMPTY_METHOD = "/kvstore.bench.Empty/Call"

@@ -26,6 +26,7 @@ class Verb(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SETTLE: _ClassVar[Verb]
     DRAIN: _ClassVar[Verb]
     TRACE: _ClassVar[Verb]
+    WAKE: _ClassVar[Verb]
 VERB_UNSPECIFIED: Verb
 ATTACH: Verb
 OPEN: Verb
@@ -44,6 +45,7 @@ VERIFY: Verb
 SETTLE: Verb
 DRAIN: Verb
 TRACE: Verb
+WAKE: Verb
 
 class ErrorReply(_message.Message):
     __slots__ = ("error", "message")

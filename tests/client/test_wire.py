@@ -395,3 +395,27 @@ def test_closing_while_others_wait(played: Played) -> None:
         assert caller.took_s < LONG_S / 4
     assert played.wire._socket.fileno() == -1
     assert played.end.recv(1) == b""
+
+
+def test_a_daemon_that_may_be_asleep_is_woken_and_one_that_just_answered_is_not(
+    played: Played,
+) -> None:
+    played.wire.wake()
+    assert played.request() == (pb.WAKE, wire.NO_ANSWER, b"")
+    played.wire._heard = time.monotonic() + LONG_S  # an answer came
+    played.wire.wake()
+    played.wire._heard = 0.0
+    played.wire.release(7, time.monotonic() + LONG_S)
+    assert played.request()[0] == pb.RELEASE, "nothing between"
+
+
+def test_waking_neither_waits_nor_fails(played: Played) -> None:
+    wire_ = played.wire
+    with wire_._sending:  # another thread sends: its request wakes as well
+        wire_.wake()
+    played.end.close()
+    wire_.wake()
+    wire_.close()
+    wire_.wake()
+    assert wire_._users == 0
+    assert wire_._socket.fileno() == -1

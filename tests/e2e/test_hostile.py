@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import socket
@@ -289,6 +290,21 @@ def test_a_request_that_cannot_be_understood_is_refused(visitor: Stranger) -> No
         assert (status, refusal.error) == (1, "InvalidRequest")
         assert "request of 3 bytes cannot be decoded" in refusal.message
     assert visitor.call(pb.STATS, pb.StatsRequest()).json
+
+
+@pytest.mark.parametrize("door", ["hatch"])
+def test_waking_the_daemon_is_no_request(visitor: Stranger) -> None:
+    assert isinstance(visitor, RawHatch)
+
+    def counted() -> tuple[int, dict[str, int]]:
+        document = json.loads(visitor.call(pb.STATS, pb.StatsRequest()).json)
+        (stats,) = document["tenants"].values()
+        return sum(stats["requests"].values()), stats["errors"]
+
+    before, errors = counted()
+    for _ in range(3):
+        visitor.socket.sendall(HEADER.pack(HEADER.size - 4, pb.WAKE, 0, 0, 0))
+    assert counted() == (before + 1, errors)
 
 
 @pytest.mark.parametrize("door", ["hatch"])

@@ -1,0 +1,117 @@
+"""Copies between addresses of this process, never holding the interpreter lock.
+
+One core moves a part of what the memory can: large copies are cut into pieces that a few threads
+take one by one. The caller copies as well, so a helper that is late costs nothing; and it stays
+until the last piece is done, also when it is interrupted: nobody writes to a slot afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import operator
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+Piece = tuple[int, int, int]  # target, source, bytes
+
+PIECE_BYTES = 1 << 20
+LONG_BYTES = 4 << 20  # this takes long enough for a daemon to fall asleep
+NEAR_END = 3  # pieces: some 200 us
+SHARED_BYTES = 16 << 20  # from here on a helper is worth waking
+THREADS_MAX = 4  # the caller among them: they are the engine's cores
+
+_memmove = ctypes.CDLL(None).memmove
+_memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_memmove.restype = None
+
+
+def copy(target: int, source: int, size: int) -> None:
+    """Copy bytes between addresses."""
+    _memmove(target, source, size)
+
+
+def copy_all(copies: Iterable[Piece], near_end: Callable[[], None] | None = None) -> None:
+    """Copy, for each of these, so many bytes to a target from a source; shortly before the end of
+    what takes a while, call `near_end`, which must be quick and may not raise."""
+    copies = list(copies)
+    size = sum(size for _, _, size in copies)
+    if size < LONG_BYTES:
+        _take(iter(copies))
+        return
+    pieces = iter([piece for one in copies for piece in _cut(*one)])
+    if size < SHARED_BYTES:
+        _take(pieces, near_end)
+    else:
+        _HELPERS.share(pieces, near_end)
+
+
+class _Helpers:
+    """Threads that take pieces beside the callers; begun when there is something to share."""
+
+    def __init__(self) -> None:
+        self._starting = threading.Lock()
+        self._count: int | None = None
+        self._threads: ThreadPoolExecutor | None = None
+
+    def share(self, pieces: Iterator[Piece], near_end: Callable[[], None] | None) -> None:
+        """Copy the pieces, all of which are done when this returns or raises, or are not begun."""
+        begun: list[Future[None]] = []
+        try:
+            with contextlib.suppress(RuntimeError):  # no thread is to be had, as at exit
+                self._begin(pieces, begun)
+            _take(pieces, near_end)
+        finally:
+            _settle(pieces, begun)
+
+    def _begin(self, pieces: Iterator[Piece], begun: list[Future[None]]) -> None:
+        with self._starting:
+            if self._count is None:
+                self._count = min(THREADS_MAX, len(os.sched_getaffinity(0))) - 1
+                if self._count:
+                    self._threads = ThreadPoolExecutor(self._count, "kvstore-copy")
+        for _ in range(self._count):
+            assert self._threads is not None
+            begun.append(self._threads.submit(_take, pieces))
+
+
+def _take(pieces: Iterator[Piece], near_end: Callable[[], None] | None = None) -> None:
+    for target, source, size in pieces:
+        if near_end is not None and operator.length_hint(pieces) < NEAR_END:
+            near_end()
+            near_end = None
+        _memmove(target, source, size)
+
+
+def _cut(target: int, source: int, size: int) -> Iterator[Piece]:
+    for at in range(0, size, PIECE_BYTES):
+        yield target + at, source + at, min(PIECE_BYTES, size - at)
+
+
+def _settle(pieces: Iterator[Piece], begun: Sequence[Future[None]]) -> None:
+    """Have no piece taken any more, and wait for those that are under way, whatever interrupts."""
+    interrupt: BaseException | None = None
+    while True:
+        try:
+            for _ in pieces:
+                pass
+            wait([one for one in begun if not one.cancel()])
+            break
+        except BaseException as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
+
+
+_HELPERS = _Helpers()
+
+
+def _after_fork() -> None:
+    """The child has none of the threads."""
+    global _HELPERS
+    _HELPERS = _Helpers()
+
+
+os.register_at_fork(after_in_child=_after_fork)
