@@ -115,6 +115,10 @@ class Family(Protocol):
     def idle_s(self, key: int, now: float) -> float:
         """How long ago a known key was asked for; 0 where that is not known."""
 
+    def worth(self, keys: Sequence[int], now: float) -> float | None:
+        """What known keys are worth on average, by a measure that holds for all slot sizes; None
+        where there is none but how long ago they were used."""
+
 
 class Independent:
     """A family of policies that share nothing. `make` is given the capacity in blocks."""
@@ -151,3 +155,6 @@ class Independent:
 
     def idle_s(self, key: int, now: float) -> float:
         return 0.0
+
+    def worth(self, keys: Sequence[int], now: float) -> float | None:
+        return None

@@ -20,6 +20,7 @@ Not where nothing can be learned, as in a scan: LRU then keeps the same and cost
 
 from __future__ import annotations
 
+import collections
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -160,6 +161,18 @@ class Relevance:
     def idle_s(self, key: int, now: float) -> float:
         cohort = self._cohort(key)
         return 0.0 if cohort == NONE else float(now - self.hazard.cohorts.time[cohort])
+
+    def worth(self, keys: Sequence[int], now: float) -> float | None:
+        hazard, cohorts = self.hazard, self.hazard.cohorts
+        found = collections.Counter(map(self._cohort, keys))
+        found.pop(NONE, None)
+        if not found:
+            return None
+        worths = (
+            count * hazard.worth(cohorts.kind[of], max(0.0, now - cohorts.time[of]))
+            for of, count in found.items()
+        )
+        return sum(worths) / found.total()
 
     def _stranger(self, keys: Sequence[int]) -> None:
         """Some of these may never have been heard of, as after a restart."""

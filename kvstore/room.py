@@ -46,6 +46,7 @@ LOOKED_AT_MAX = 4_096  # blocks passed over while looking for victims in one cal
 UNSAVED_MIN = 8  # of them, blocks whose copy on NVMe is due, though none can be ordered now
 SLAB_SCAN_S = 1.0  # how often slabs of other sizes are compared with ours
 SLABS_LOOKED_AT_MAX = 16
+SLAB_SAMPLE = 256  # of the blocks in a slab, to tell its worth
 IN_USE = WRITING | LOADING | SPILLING
 
 
@@ -71,6 +72,7 @@ class Room:
         self.nvme = nvme
         self.orders = Orders()
         self.unsaved: list[int] = []
+        self._being_saved = False  # whether some of those looked at last leave when they are saved
         self.savable: Callable[[], int] = lambda: UNSAVED_MIN  # copies that can be ordered now
         self.reasons = {DRAM: "room", NVME: "room"}  # as which it counts that blocks made room
         self.nvme_stay_s = STAY_S  # how long blocks that leave NVMe were not asked for, of late
@@ -320,7 +322,7 @@ class Room:
         if taken and tier == NVME:
             self._note_stay(self.family.idle_s(taken[0], now))
         self.leave(tier, taken, self.reasons[tier])
-        if taken or self.unsaved:
+        if taken or self.unsaved or self._being_saved:
             return len(taken)
         return self._take_over(tier, slot_bytes, now, force=force, desperate=True)
 
@@ -354,6 +356,7 @@ class Room:
         pins, flags, busy = self.catalog.pins, self.catalog.flags, self._busy
         keeps = self.retention.keeps if len(self.retention) else None
         mask, due = (0, 1) if force or tier == NVME else self._must_save()
+        self._being_saved = False
         taken: list[int] = []
         held: list[int] = []
         unsaved: list[int] = []
@@ -367,7 +370,9 @@ class Room:
                 retained.append(block)
                 held.append(block)
             elif pins[block] or block in busy:
-                if not flags[block] & SPILLING:
+                if flags[block] & SPILLING:
+                    self._being_saved = True
+                else:
                     held.append(block)
             elif idle_s and self.family.idle_s(block, now) < idle_s:
                 busy_left -= 1
@@ -423,8 +428,9 @@ class Room:
     ) -> int:
         """Empty the slab of another slot size that is idle for longest, if that is worth it.
 
-        It is when this size has nothing to give (`desperate`, or no block at all), or when that
-        slab was last used before the one in which our own coldest block sits. Blocks whose copy is
+        It is when this size has nothing to give (`desperate`, or no block at all), or when what is
+        in that slab is worth less than our own coldest block; where worth cannot be compared, when
+        that slab was last used before the one in which this sits. Blocks whose copy is
         still due are saved first; those that are kept stay, unless this size is desperate.
         """
         slots, column = self._tier(tier)
@@ -435,11 +441,15 @@ class Room:
         if not desperate:
             coldest = next(iter(self.policy(tier, slot_bytes).victims(now)), None)
         ours = now if coldest is None else slots.touched[slots.slab_of(column[coldest])]
+        worth = None if coldest is None else self.family.worth([coldest], now)
         others = (slab for slab, size in slots.slabs() if size != slot_bytes)
         for slab in heapq.nsmallest(SLABS_LOOKED_AT_MAX, others, key=slots.touched.__getitem__):
-            if coldest is not None and slots.touched[slab] >= ours:
+            if coldest is not None and worth is None and slots.touched[slab] >= ours:
                 return 0
             residents = slots.residents(slab)
+            some = residents[:: 1 + len(residents) // SLAB_SAMPLE]
+            if worth is not None and (self.family.worth(some, now) or 0.0) >= worth:
+                continue
             if not all(self._is_idle(tier, b) and self._may_leave(b, now) for b in residents):
                 continue
             if not desperate and any(self.retention.keeps(b, now) for b in residents):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from kvstore.eviction.relevance import Relevance
 from kvstore.health import DeviceHealth
 from kvstore.limits import Limits
 from kvstore.orders import MoveKind, Outcome
@@ -293,6 +294,51 @@ def test_a_slab_whose_blocks_are_hit_on_nvme_stays() -> None:
     desk.finish_all()
     stored = {(put.entry.number, put.key) for put in desk.index.values() if put}
     assert (hot.number, keys(1)[0]) in stored and (cold.number, keys(1)[0]) not in stored
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_hot_blocks_do_not_go_while_copies_are_under_way(force: bool) -> None:
+    """A burst of large blocks was still on its way to NVMe, so none of them could leave: for want
+    of victims of that size the slab of a small layout was taken, though its blocks were hit ten
+    thousand times a second. An engine then waited 300 ms for what it had just used."""
+    desk = Desk(dram=2, nvme=4)
+    small, large = desk.layout(1), desk.layout(2)
+    desk.put(small, 1)
+    desk.finish_all()
+    desk.now = 20.0
+    desk.put(large, 1, 2)
+    desk.touch(small, 1)
+    assert {move.key for move in desk.moves} == set(keys(1, 2)), "they are being copied"
+    refused = desk.reserve(large, 3, force=force)
+    assert refused.status[0] == REFUSED and refused.waiting
+    assert desk.tiers(small, 1) == [1]
+    desk.finish_all()
+    assert desk.put(large, 3) == 1
+    assert desk.tiers(small, 1) == [1]
+
+
+def test_a_slab_that_is_worth_more_than_what_is_new_stays() -> None:
+    """Slabs were compared by when they were last used. A burst of large blocks replaced all others
+    of their size in a moment, so the slab of another layout was the oldest: its blocks, asked for
+    every second, went for some that nobody ever asked for."""
+    desk = Desk(dram=3, family=Relevance())
+    small, large = desk.layout(1), desk.layout(2)
+    desk.put(small, 1)
+    for second in range(200):
+        desk.touch(small, 1)
+        for number in range(5):  # there is room for four
+            desk.now += 0.05
+            assert desk.put(large, 5 * second + number) == 1
+            desk.store.digest(desk.now)
+        desk.now += 1.0
+        assert desk.tiers(small, 1) == [1], f"gone in second {second}"
+    desk.now += 3_600.0  # and then nobody comes back to it
+    for number in range(1_000, 1_060):
+        desk.touch(large, number - 1)
+        desk.put(large, number)
+        desk.store.digest(desk.now)
+        desk.now += 1.2
+    assert desk.tiers(small, 1) == [0]
 
 
 def test_retained_blocks_do_not_go_with_their_slab() -> None:
