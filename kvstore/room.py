@@ -357,10 +357,7 @@ class Room:
         keeps = self.retention.keeps if len(self.retention) else None
         mask, due = (0, 1) if force or tier == NVME else self._must_save()
         self._being_saved = False
-        taken: list[int] = []
-        held: list[int] = []
-        unsaved: list[int] = []
-        retained: list[int] = []
+        taken, held, unsaved, retained = list[int](), list[int](), list[int](), list[int]()
         victims, looked_at, worth = policy.victims(now), 0, self.worth_saving
         busy_left, unsaved_max = BUSY_MAX, max(UNSAVED_MIN, self.savable())
         block = next(victims, None)
@@ -370,10 +367,9 @@ class Room:
                 retained.append(block)
                 held.append(block)
             elif pins[block] or block in busy:
-                if flags[block] & SPILLING:
-                    self._being_saved = True
-                else:
-                    held.append(block)
+                saving = bool(flags[block] & SPILLING)
+                self._being_saved |= saving
+                held += [] if saving else [block]
             elif idle_s and self.family.idle_s(block, now) < idle_s:
                 busy_left -= 1
                 if not busy_left:

@@ -187,7 +187,14 @@ class Service:
 
     def settle_later(self, verb: int) -> None:
         """As `settle`; after reading, what the policies are told may wait for a quiet moment."""
-        if verb in READ_VERBS and self.later(self._settle_one):
+        if verb in READ_VERBS:
+            self._settle_in_time()
+        else:
+            self.settle()
+
+    def _settle_in_time(self) -> None:
+        """As `settle`, a piece at a time where there are quiet moments."""
+        if self.later(self._settle_one):
             if self.store.undigested > PUT_OFF_MAX:
                 self._settle_one()
             self._carry_out()
@@ -216,7 +223,10 @@ class Service:
             self.tidings.tell()
             if move.kind is MoveKind.VERIFY:
                 self._verification.checked(move.block, outcome, now)
-        self.settle()
+        if len(self._parking):
+            self.settle()  # those that wait for room depend on what was asked before
+        else:
+            self._settle_in_time()
         self._drains.go_on(self._now())
 
     def tick(self) -> None:
