@@ -33,6 +33,7 @@ TIME_SHIFT = 64
 MANY = 64  # leaves that come at once are put into a heap as a whole
 
 Heap = list[int]
+Keys = np.ndarray[Any, np.dtype[np.int32]]
 
 
 class Ranking:
@@ -76,6 +77,9 @@ class Ranking:
         self._settle()
         self._stranger(keys)
         self.columns.reserve(self._blocks.size)
+        if len(keys) > MANY and not self._gaps:
+            self._admit_many(np.asarray(keys, np.int32))
+            return
         resident, child, gaps = self.columns.resident, self.columns.child, self._gaps
         parent = self._blocks.parent
         for key in keys:
@@ -88,6 +92,17 @@ class Ranking:
                     ranking.filled(key)
         self._count += len(keys)
         self._push_all([key for key in keys if child[key] == NONE])
+        self._trim()
+
+    def _admit_many(self, row: Keys) -> None:
+        """As `admit`, in arrays: after a restart it may be millions."""
+        columns = self.columns
+        assert not columns.array("resident")[row].any(), "a key admitted twice"
+        columns.array("resident")[row] = 1
+        for key in row[self._blocks.array("parent")[row] != NONE].tolist():
+            self._link(key)
+        self._count += len(row)
+        self._push_all(row[columns.array("child")[row] == NONE].tolist())
         self._trim()
 
     def touch(self, keys: Sequence[int], now: float) -> None:
@@ -122,7 +137,7 @@ class Ranking:
 
     # -- what the family tells -----------------------------------------------------------------
 
-    def moved(self, chain: np.ndarray[Any, np.dtype[np.int32]]) -> None:
+    def moved(self, chain: Keys) -> None:
         """These blocks are of other cohorts now."""
         columns = self.columns
         columns.reserve(self._blocks.size)
@@ -296,12 +311,12 @@ class Ranking:
     def _push_all(self, keys: Sequence[int]) -> None:
         """As `_push`, cheaper where they are many. Of one cohort, as after a restart, the youngest
         are the oldest, and stand in one heap only."""
-        cohort = self._blocks.cohort
-        if len(keys) < MANY or any(cohort[key] != cohort[keys[0]] for key in keys):
+        row = np.asarray(keys, np.int32) if len(keys) >= MANY else None
+        if row is None or np.ptp(self._blocks.array("cohort")[row]):
             for key in keys:
                 self._push(key)
             return
-        of, columns, row = cohort[keys[0]], self._hazard.cohorts, np.asarray(keys, np.int32)
+        of, columns = self._blocks.cohort[keys[0]], self._hazard.cohorts
         depths = self._blocks.array("depth")[row]
         self.columns.array("queued")[row] = of
         when = int(columns.time[of] * 1e6) << TIME_SHIFT

@@ -178,11 +178,13 @@ class Relevance:
         """Some of these may never have been heard of, as after a restart."""
         self.blocks.reserve(max(keys, default=0) + 1)
         cohort = self.blocks.cohort
-        unknown = [key for key in keys if cohort[key] == NONE]
-        if unknown:
-            row = np.asarray(unknown, np.int32)
+        if len(keys) <= SHORT and all(cohort[key] != NONE for key in keys):
+            return
+        row = np.asarray(keys, np.int32)
+        row = row[self.blocks.array("cohort")[row] == NONE]
+        if len(row):
             self.blocks.array("cohort")[row] = self.hazard.begin(
-                STRANGER, 0, len(unknown), len(unknown), self._now
+                STRANGER, 0, len(row), len(row), self._now
             )
             self.blocks.array("fan")[row] = self.blocks.array("hub")[row] = 0
 
