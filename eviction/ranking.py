@@ -24,6 +24,7 @@ from kvstore.eviction.hazard import Hazard
 
 NONE = -1
 DEFER_S = 1.0  # for so long what could not leave is not named before others
+ENDS_S = 1.0  # for so long the worth of a class's ends is taken for what it was
 GAPS_LOOKED_AT = 16
 ENTRIES_PER_BLOCK = 4  # in the heaps, before they are made anew
 
@@ -52,6 +53,8 @@ class Ranking:
         self._old: dict[int, Heap] = {}  # for each class, idle for longest first
         self._young: dict[int, Heap] = {}
         self._entries = 0
+        self._ends_worth: dict[int, float] = {}  # by twice the class, and one more for the young
+        self._ends_at = 0.0
         self._gone: dict[int, None] = {}  # named, and not forgotten yet
         self._aside: dict[int, None] = {}  # named, and stayed
         self._deferred: list[int] = []
@@ -137,13 +140,13 @@ class Ranking:
 
     # -- what the family tells -----------------------------------------------------------------
 
-    def moved(self, chain: Keys) -> None:
+    def moved(self, chain: Keys | list[int]) -> None:
         """These blocks are of other cohorts now."""
         columns = self.columns
         columns.reserve(self._blocks.size)
         if len(chain) <= MANY:
             resident, child, queued = columns.resident, columns.child, columns.queued
-            for key in chain.tolist():
+            for key in chain if isinstance(chain, list) else chain.tolist():
                 queued[key] = NONE
                 if resident[key] and child[key] == NONE:
                     self._push(key)
@@ -213,11 +216,11 @@ class Ranking:
         """Leaves of all classes, least worthy first. `ends` has what the first of each heap was
         worth when it was looked at last: what comes out is looked at again."""
         cohort, kinds = self._blocks.cohort, self._hazard.cohorts.kind
-        ends = self._ends(now)
+        ends, known = self._ends(now), self._ends_worth
         while ends:
             worth, kind, young = heapq.heappop(ends)
             heap = (self._young if young else self._old).get(kind, [])
-            first = self._worth(kind, heap, young, now)
+            first = known[2 * kind + young] = self._worth(kind, heap, young, now)
             if not heap:
                 continue
             if ends and first > max(worth, ends[0][0]):
@@ -239,12 +242,19 @@ class Ranking:
                     heapq.heappush(ends, (worth, other, end))
 
     def _ends(self, now: float) -> list[tuple[float, int, bool]]:
-        """For each class, and each end of it, what the first leaf is worth: a heap."""
+        """For each class, and each end of it, what the first leaf is worth, or was a moment ago: a
+        heap."""
+        known = self._ends_worth
+        if now - self._ends_at >= ENDS_S:
+            known.clear()
+            self._ends_at = now
         ends = []
         for young, heaps in ((False, self._old), (True, self._young)):
-            for kind in list(heaps):
-                worth = self._worth(kind, heaps[kind], young, now)
-                if heaps[kind]:
+            for kind, heap in list(heaps.items()):
+                worth = known.get(2 * kind + young)
+                if worth is None:
+                    worth = known[2 * kind + young] = self._worth(kind, heap, young, now)
+                if heap:
                     ends.append((worth, kind, young))
                 else:
                     del heaps[kind]
@@ -304,6 +314,9 @@ class Ranking:
     def _push(self, key: int) -> None:
         """A leaf takes part, under the cohort that it has now."""
         kind, when, rest = self._entry(key)
+        known = self._ends_worth
+        known.pop(2 * kind, None)
+        known.pop(2 * kind + 1, None)
         heapq.heappush(self._old.setdefault(kind, []), when << TIME_SHIFT | rest)
         heapq.heappush(self._young.setdefault(kind, []), TIME_END - when << TIME_SHIFT | rest)
         self._entries += 2
@@ -321,6 +334,7 @@ class Ranking:
         self.columns.array("queued")[row] = of
         when = int(columns.time[of] * 1e6) << TIME_SHIFT
         rests = (DEPTH_END - depths.astype(np.int64) << KEY_BITS | row).tolist()
+        self._ends_worth.clear()
         heap = self._old.setdefault(columns.kind[of], [])
         heap += [when | rest for rest in rests]
         heapq.heapify(heap)
@@ -343,6 +357,7 @@ class Ranking:
             return
         self._old.clear()
         self._young.clear()
+        self._ends_worth.clear()
         self._entries = 0
         columns = self.columns
         here = columns.array("resident") != 0

@@ -82,7 +82,7 @@ class Relevance:
         self.blocks.reserve(max(known) + 1)
         chain, unplaced = self._heard_of(known)
         if unplaced:  # found after a restart
-            self._place(NONE, chain)
+            self._place(NONE, np.asarray(chain, np.int32))
         gap = self._gap(chain, now) if len(chain) else None
         length = len(request.chain) + request.fresh
         asked = Asked(self._request_kind(request, gap), length, now)
@@ -96,6 +96,9 @@ class Relevance:
             return
         blocks = self.blocks
         blocks.reserve(max(parent, *keys) + 1)
+        if len(keys) <= SHORT:
+            self._born_few(parent, keys, asked)
+            return
         row = np.asarray(keys, np.int32)
         if (blocks.array("depth")[row] == UNPLACED).any():
             self._place(parent, row)
@@ -111,6 +114,26 @@ class Relevance:
         if len(unknown) > 1:
             cohort[unknown[:-1]] = begin(kind + TOUCHES[1], 1, length, len(unknown) - 1, now)
         cohort[unknown[-1:]] = begin(kind + TOUCHES[0], 1, length, 1, now)
+
+    def _born_few(self, parent: int, keys: Sequence[int], asked: Asked) -> None:
+        """As `born`, one by one."""
+        blocks = self.blocks
+        cohort, fan, hub, depth = blocks.cohort, blocks.fan, blocks.hub, blocks.depth
+        if any(depth[key] == UNPLACED for key in keys):
+            self._place_few(parent, keys)
+        unknown = [key for key in keys if cohort[key] == NONE]
+        if not unknown:
+            return
+        for key in unknown:
+            fan[key], hub[key] = 1, 0
+        last, (kind, length, now) = unknown[-1], asked
+        if last == keys[-1]:
+            fan[last] = 0
+        if len(unknown) > 1:
+            inner = self.hazard.begin(kind + TOUCHES[1], 1, length, len(unknown) - 1, now)
+            for key in unknown:
+                cohort[key] = inner
+        cohort[last] = self.hazard.begin(kind + TOUCHES[0], 1, length, 1, now)
 
     def drop(self, keys: Sequence[int]) -> None:
         blocks, end, now = self.blocks, self.hazard.end, self._now
@@ -205,7 +228,7 @@ class Relevance:
             self._hints[reuse, tag] = len(self._hints)
         return self._hints.get((reuse, tag), HINTS_MAX - 1)
 
-    def _gap(self, chain: Keys, now: float) -> float | None:
+    def _gap(self, chain: Keys | list[int], now: float) -> float | None:
         """Seconds since the request that this one continues, None when it continues none: its known
         blocks then are where prompts part, rather than the most of an earlier request."""
         blocks, cohorts, end = self.blocks, self.hazard.cohorts, int(chain[-1])
@@ -218,8 +241,9 @@ class Relevance:
             return float(now - cohorts.time[before])
         return None
 
-    def _heard_of(self, known: Sequence[int]) -> tuple[Keys, bool]:
-        """The longest prefix that was heard of, and whether a place in it is not known."""
+    def _heard_of(self, known: Sequence[int]) -> tuple[Keys | list[int], bool]:
+        """The longest prefix that was heard of, and whether a place in it is not known. A list when
+        it is short."""
         if len(known) <= SHORT:
             cohorts, depths, unplaced = self.blocks.cohort, self.blocks.depth, False
             for at, key in enumerate(known):
@@ -227,21 +251,28 @@ class Relevance:
                     known = known[:at]
                     break
                 unplaced = unplaced or depths[key] == UNPLACED
-            return np.array(known, np.int32), unplaced
+            return list(known), unplaced
         chain = np.asarray(known, np.int32)
         strange = np.flatnonzero(self.blocks.array("cohort")[chain] == NONE)
         if len(strange):
             chain = chain[: strange[0]]
         return chain, bool((self.blocks.array("depth")[chain] == UNPLACED).any())
 
-    def _touch(self, chain: Keys, asked: Asked, *, whole: bool) -> None:
+    def _touch(self, chain: Keys | list[int], asked: Asked, *, whole: bool) -> None:
         """Known blocks were asked for again: they move to new cohorts, run by run."""
-        hazard, column = self.hazard, self.blocks.array("cohort")
-        old, hub = column[chain], self.blocks.array("hub")[chain]
-        if len(chain) <= SHORT:
-            kinds = list(zip(old.tolist(), hub.tolist(), strict=True))
-            cut = [at for at in range(1, len(kinds)) if kinds[at] != kinds[at - 1]]
+        hazard, blocks = self.hazard, self.blocks
+        old: Any
+        hub: Any
+        if isinstance(chain, list):
+            old = [blocks.cohort[key] for key in chain]
+            hub = [blocks.hub[key] for key in chain]
+            cut = [
+                at
+                for at in range(1, len(chain))
+                if old[at] != old[at - 1] or hub[at] != hub[at - 1]
+            ]
         else:
+            old, hub = blocks.array("cohort")[chain], blocks.array("hub")[chain]
             cut = (np.flatnonzero((old[1:] != old[:-1]) | (hub[1:] != hub[:-1])) + 1).tolist()
         bounds = [0, *cut, len(chain)]
         if whole and bounds[-2] < len(chain) - 1:
@@ -260,13 +291,15 @@ class Relevance:
             else:
                 of = kind + TOUCHES[touches]
             runs.setdefault((of, touches), []).append((first, end))
-        new = np.empty_like(old)
         for (of, touches), parts in runs.items():
-            blocks = sum(end - first for first, end in parts)
-            cohort = hazard.begin(of, touches, length, blocks, now)
+            count = sum(end - first for first, end in parts)
+            cohort = hazard.begin(of, touches, length, count, now)
             for first, end in parts:
-                new[first:end] = cohort
-        column[chain] = new
+                if isinstance(chain, list):
+                    for key in chain[first:end]:
+                        blocks.cohort[key] = cohort
+                else:
+                    blocks.array("cohort")[chain[first:end]] = cohort
         for ranking in self._rankings:
             ranking.moved(chain)
 
@@ -292,6 +325,23 @@ class Relevance:
             blocks.fan[parent] += 1
         for ranking in self._rankings:
             ranking.hang(row[free].tolist())
+
+    def _place_few(self, parent: int, keys: Sequence[int]) -> None:
+        """As `_place`, one by one."""
+        blocks, placed, before = self.blocks, list[int](), parent
+        depth, parents, fan = blocks.depth, blocks.parent, blocks.fan
+        if parent != NONE and depth[parent] == UNPLACED:
+            depth[parent] = 0
+        for key in keys:
+            if depth[key] == UNPLACED:
+                depth[key] = 0 if before == NONE else depth[before] + 1
+                parents[key] = before
+                placed.append(key)
+            before = key
+        if parent != NONE and placed and placed[0] == keys[0] and fan[parent] < FAN_MAX:
+            fan[parent] += 1
+        for ranking in self._rankings:
+            ranking.hang(placed)
 
 
 def _gap_share(gap: float | None) -> int:
