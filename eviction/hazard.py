@@ -19,6 +19,7 @@ import numpy as np
 from kvstore.eviction.columns import Columns
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 BINS = 30
 FIRST_BIN_S = 0.5
@@ -131,7 +132,7 @@ class Hazard:
         """Compute the worth of all classes anew."""
         seen, unseen = np.flatnonzero(self._groups), np.flatnonzero(self._groups == 0)
         rows = np.concatenate((seen, unseen[:1]))  # those that were not seen are all the same
-        hazard = self._hazard(now)[rows]
+        hazard = self._hazard(now, rows)
         risk = np.cumsum(hazard * _WIDTH, axis=1)
         risk = np.concatenate((np.zeros((len(rows), 1)), risk[:, :-1]), axis=1)
         worths, risks = _gittins(hazard).tolist(), risk.tolist()
@@ -143,31 +144,34 @@ class Hazard:
         for counts in (self._returns, self._ends, self._partial, self._blocks, self._groups):
             counts *= fade
 
-    def _hazard(self, now: float) -> Floats:
-        """Returns per block-second, for each class and bin; near the average where little is
-        known."""
+    def _hazard(self, now: float, rows: Numbers) -> Floats:
+        """Returns per block-second, for each of these classes and each bin; near the average where
+        little is known. All classes that were ever seen must be among them."""
         cohorts, used = self.cohorts, self._used
         alive = cohorts.array("alive")[:used].astype(np.float64)
         age = np.maximum(now - cohorts.array("time")[:used], 0.0)
         bins = np.where(age < FIRST_BIN_S, 0, np.frexp(age / FIRST_BIN_S)[1])
         bins = np.minimum(bins, BINS - 1)
-        place = cohorts.array("kind")[:used] * BINS + bins
-        shape, places = (self.kinds, BINS), self.kinds * BINS
-        ends = self._ends + np.bincount(place, alive, places).reshape(shape)
+        row_of = np.zeros(self.kinds, np.int64)
+        row_of[rows] = np.arange(len(rows))
+        place = row_of[cohorts.array("kind")[:used]] * BINS + bins
+        shape, places = (len(rows), BINS), len(rows) * BINS
+        returns, blocks, groups = self._returns[rows], self._blocks[rows], self._groups[rows]
+        ends = self._ends[rows] + np.bincount(place, alive, places).reshape(shape)
         inside = np.bincount(place, alive * (age - _START[bins]), places).reshape(shape)
         beyond = np.cumsum(ends[:, ::-1], axis=1)[:, ::-1] - ends
-        exposure = self._partial + inside + beyond * _WIDTH
+        exposure = self._partial[rows] + inside + beyond * _WIDTH
         everything = exposure.sum(axis=0)
         average = np.divide(
-            self._returns.sum(axis=0),
+            returns.sum(axis=0),
             everything,
             out=np.zeros(BINS),
             where=everything > 0,
         )
-        overall = self._blocks.sum() / max(1.0, self._groups.sum())
-        group = np.where(self._groups > 0.5, self._blocks / np.maximum(self._groups, 0.5), overall)
+        overall = blocks.sum() / max(1.0, groups.sum())
+        group = np.where(groups > 0.5, blocks / np.maximum(groups, 0.5), overall)
         prior = PRIOR_REQUESTS * np.outer(np.maximum(group, 1e-9), _WIDTH)
-        hazard: Floats = (self._returns + average * prior) / (exposure + prior)
+        hazard: Floats = (returns + average * prior) / (exposure + prior)
         return hazard
 
 

@@ -110,7 +110,8 @@ def test_the_counts_are_those_of_each_block_for_itself(seed: int) -> None:
     for kind, came, blocks in live.values():
         recount.stays += [(kind, came, None, False)] * blocks
     expected = recount.hazard(now)
-    assert hazard._hazard(now) == pytest.approx(np.array(expected), rel=1e-9)
+    every = np.arange(hazard.kinds)
+    assert hazard._hazard(now, every) == pytest.approx(np.array(expected), rel=1e-9)
     hazard.refresh(now)
     for kind, row in enumerate(expected):
         # Also of a class that nobody has seen: it is taken for the average.
