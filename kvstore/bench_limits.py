@@ -1,4 +1,5 @@
-"""This host's own limits, measured beside ours in one run: memcpy, O_DIRECT I/O, empty gRPC."""
+"""This host's own limits, measured beside ours in one run: memcpy, O_DIRECT I/O, empty gRPC, and a
+daemon that does nothing."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import argparse
 import contextlib
 import mmap
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ import numpy as np
 from kvstore.client.copying import copy
 
 CACHE_BYTES = 64 << 20  # more than the last-level cache of most processors
+ECHO_BYTES = 64  # about as long as a request for one block
 EMPTY_METHOD = "/kvstore.bench.Empty/Call"
 
 
@@ -99,11 +102,54 @@ class RawDisk:
         return time.perf_counter() - started
 
 
+class Echo:
+    """Another process that sends back what it gets through a Unix stream, and does nothing else:
+    both ends look for it without ever sleeping. No daemon that is asked over a socket, in Python,
+    can be faster; and this one takes a whole processor."""
+
+    def __init__(self) -> None:
+        self._socket, other = socket.socketpair()
+        command = [sys.executable, "-m", "kvstore.bench_limits", "--echo", str(other.fileno())]
+        self._process = subprocess.Popen(command, pass_fds=[other.fileno()])
+        other.close()
+        self._socket.setblocking(True)
+        self._socket.send(b"!")
+        self._socket.recv(1)  # it is there
+        self._socket.setblocking(False)
+
+    def __enter__(self) -> Echo:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+        self._process.wait()
+
+    def call(self) -> None:
+        """Ask, and get the answer."""
+        self._socket.send(bytes(ECHO_BYTES))
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                self._socket.recv(ECHO_BYTES)
+                return
+
+
+def _echo(file: int) -> None:
+    """The other side of `Echo`."""
+    with socket.socket(fileno=file) as there:
+        there.setblocking(False)
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                data = there.recv(ECHO_BYTES)
+                if not data:
+                    return
+                there.send(data)
+
+
 @contextlib.contextmanager
-def empty_grpc(socket: Path) -> Iterator[Any]:
+def empty_grpc(path: Path) -> Iterator[Any]:
     """A function that makes one empty gRPC call to another process on this host."""
-    server = subprocess.Popen([sys.executable, "-m", "kvstore.bench_limits", str(socket)])
-    channel = grpc.insecure_channel(f"unix:{socket}")
+    server = subprocess.Popen([sys.executable, "-m", "kvstore.bench_limits", "--empty", str(path)])
+    channel = grpc.insecure_channel(f"unix:{path}")
     try:
         grpc.channel_ready_future(channel).result(20)
         call = channel.unary_unary(EMPTY_METHOD)
@@ -114,7 +160,7 @@ def empty_grpc(socket: Path) -> Iterator[Any]:
         server.wait()
 
 
-async def _serve_empty(socket: str) -> None:
+async def _serve_empty(path: str) -> None:
     """The other side of `empty_grpc`: the same kind of server as the front door, doing nothing."""
 
     async def answer(_request: bytes, _context: Any) -> bytes:
@@ -126,18 +172,23 @@ async def _serve_empty(socket: str) -> None:
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler(service, {method: handler}),)
     )
-    server.add_insecure_port(f"unix:{socket}")
+    server.add_insecure_port(f"unix:{path}")
     await server.start()
     await server.wait_for_termination()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Serve empty calls on a socket until terminated."""
+    """Serve empty calls on a socket until terminated, or an echo on a descriptor until its end."""
     import uvloop
 
     parser = argparse.ArgumentParser()
-    parser.add_argument("socket")
-    uvloop.run(_serve_empty(parser.parse_args(arguments).socket))
+    parser.add_argument("--empty")
+    parser.add_argument("--echo", type=int)
+    given = parser.parse_args(arguments)
+    if given.echo is not None:
+        _echo(given.echo)
+    else:
+        uvloop.run(_serve_empty(given.empty))
 
 
 if __name__ == "__main__":
