@@ -63,6 +63,7 @@ class Request:
     now     seconds, of a clock that never goes back
     reuse   "continue", "done" or "unknown": whether its sender expects to come back
     tag     what its sender calls such requests: a class of its own ("" is one, too)
+    block_tokens  tokens of each block, as far as known
     """
 
     chain: Sequence[int]
@@ -70,14 +71,17 @@ class Request:
     now: float
     reuse: str = "unknown"
     tag: str = ""
+    block_tokens: int = 0
 
 
 class Asked(NamedTuple):
-    """What a family made of a request: a class of its own counting, its length, its time."""
+    """What a family made of a request: a class of its own counting, its length, its time; and the
+    tokens of its blocks."""
 
     kind: int
     length: int
     now: float
+    block_tokens: int = 0
 
 
 class Family(Protocol):

@@ -41,8 +41,15 @@ class Ranking:
     """Residents, leaves by class, and what is of no use because what it depends on has gone."""
 
     def __init__(
-        self, blocks: Columns, hazard: Hazard, others: list[Ranking], stranger: Any
+        self,
+        blocks: Columns,
+        hazard: Hazard,
+        others: list[Ranking],
+        stranger: Any,
+        *,
+        weighted: bool = False,
     ) -> None:
+        self._weighted = weighted
         self._blocks = blocks
         self._hazard = hazard
         self._others = others  # of the same family, this one too
@@ -305,7 +312,8 @@ class Ranking:
                 time = times[of]
                 if int(time * 1e6) == when:
                     if self.columns.child[key] == NONE:
-                        return self._hazard.worth(kind, max(0.0, now - time))
+                        worth = self._hazard.worth(kind, max(0.0, now - time))
+                        return worth * self._blocks.weight[key] if self._weighted else worth
                     queued[key] = NONE
             heapq.heappop(heap)
             self._entries -= 1

@@ -20,7 +20,6 @@ Not where nothing can be learned, as in a scan: LRU then keeps the same and cost
 
 from __future__ import annotations
 
-import collections
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -42,6 +41,7 @@ HUB_FAN = 16  # so many different continuations make a block a hub
 FAN_MAX = 255
 UNPLACED = 1 << 30  # the depth of a block of which it is not known what it continues
 HINTS_MAX = 8  # combinations of hints that are told apart
+EVEN_TOKENS = 24_576  # before a token whose attention costs as much as all else: 6 x 4,096
 SHORT = 64  # chains up to this length are looked at one by one: a call of numpy costs more
 
 _GAPS = len(GAP_BOUNDS_S) + 2  # the first: it continues none
@@ -57,17 +57,28 @@ class Relevance:
 
     contests = True
 
-    def __init__(self) -> None:
+    def __init__(self, *, prefill: bool = False) -> None:
+        """`prefill`: worth is not a chance of hits but of seconds, see EVEN_TOKENS."""
         self.hazard = Hazard(KINDS)
-        self.blocks = Columns(
-            cohort=("i", NONE), parent=("i", NONE), depth=("i", UNPLACED), fan="B", hub="B"
-        )
+        columns: dict[str, Any] = {
+            "cohort": ("i", NONE),
+            "parent": ("i", NONE),
+            "depth": ("i", UNPLACED),
+            "fan": "B",
+            "hub": "B",
+        }
+        self._prefill = prefill
+        if prefill:
+            columns["weight"] = ("f", 1)
+        self.blocks = Columns(**columns)
         self._rankings: list[Ranking] = []
         self._hints: dict[tuple[str, str], int] = {}
         self._now = 0.0
 
     def make(self, tier: int, capacity: int) -> Ranking:
-        ranking = Ranking(self.blocks, self.hazard, self._rankings, self._stranger)
+        ranking = Ranking(
+            self.blocks, self.hazard, self._rankings, self._stranger, weighted=self._prefill
+        )
         self._rankings.append(ranking)
         return ranking
 
@@ -76,16 +87,18 @@ class Relevance:
         known = request.chain
         if not known:
             self.hazard.note_request(now)
-            return Asked(self._request_kind(request, None), request.fresh, now)
+            kind = self._request_kind(request, None)
+            return Asked(kind, request.fresh, now, request.block_tokens)
         if len(set(known)) < len(known):
             known = list(dict.fromkeys(known))
         self.blocks.reserve(max(known) + 1)
         chain, unplaced = self._heard_of(known)
         if unplaced:  # found after a restart
             self._place(NONE, np.asarray(chain, np.int32))
+            self._weigh(chain, request.block_tokens)
         gap = self._gap(chain, now) if len(chain) else None
         length = len(request.chain) + request.fresh
-        asked = Asked(self._request_kind(request, gap), length, now)
+        asked = Asked(self._request_kind(request, gap), length, now, request.block_tokens)
         if len(chain):
             self._touch(chain, asked, whole=not request.fresh)
         self.hazard.note_request(now)
@@ -109,8 +122,9 @@ class Relevance:
         blocks.array("hub")[unknown] = 0
         if unknown[-1] == row[-1]:
             blocks.fan[keys[-1]] = 0
+        self._weigh(unknown, asked.block_tokens)
         begin, cohort = self.hazard.begin, blocks.array("cohort")
-        kind, length, now = asked
+        kind, length, now, _ = asked
         if len(unknown) > 1:
             cohort[unknown[:-1]] = begin(kind + TOUCHES[1], 1, length, len(unknown) - 1, now)
         cohort[unknown[-1:]] = begin(kind + TOUCHES[0], 1, length, 1, now)
@@ -126,7 +140,8 @@ class Relevance:
             return
         for key in unknown:
             fan[key], hub[key] = 1, 0
-        last, (kind, length, now) = unknown[-1], asked
+        self._weigh(unknown, asked.block_tokens)
+        last, (kind, length, now, _) = unknown[-1], asked
         if last == keys[-1]:
             fan[last] = 0
         if len(unknown) > 1:
@@ -186,16 +201,12 @@ class Relevance:
         return 0.0 if cohort == NONE else float(now - self.hazard.cohorts.time[cohort])
 
     def worth(self, keys: Sequence[int], now: float) -> float | None:
-        hazard, cohorts = self.hazard, self.hazard.cohorts
-        found = collections.Counter(map(self._cohort, keys))
-        found.pop(NONE, None)
-        if not found:
-            return None
-        worths = (
-            count * hazard.worth(cohorts.kind[of], max(0.0, now - cohorts.time[of]))
-            for of, count in found.items()
-        )
-        return sum(worths) / found.total()
+        hazard, cohorts, total = self.hazard, self.hazard.cohorts, 0.0
+        known = [key for key in keys if self._cohort(key) != NONE]
+        for of, run in itertools.groupby(known, self._cohort):
+            each = hazard.worth(cohorts.kind[of], max(0.0, now - cohorts.time[of]))
+            total += each * sum(self.blocks.weight[key] if self._prefill else 1 for key in run)
+        return total / len(known) if known else None
 
     def _stranger(self, keys: Sequence[int]) -> None:
         """Some of these may never have been heard of, as after a restart."""
@@ -277,7 +288,7 @@ class Relevance:
         bounds = [0, *cut, len(chain)]
         if whole and bounds[-2] < len(chain) - 1:
             bounds.insert(-1, len(chain) - 1)  # the last block of a request is of its own kind
-        kind, length, now = asked
+        kind, length, now, _ = asked
         runs: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for first, end in itertools.pairwise(bounds):
             cohort = int(old[first])
@@ -325,6 +336,12 @@ class Relevance:
             blocks.fan[parent] += 1
         for ranking in self._rankings:
             ranking.hang(row[free].tolist())
+
+    def _weigh(self, row: Keys | list[int], block_tokens: int) -> None:
+        """These blocks have a place: what each of them costs to compute."""
+        if self._prefill:
+            depths = self.blocks.array("depth")[row]
+            self.blocks.array("weight")[row] = 1 + depths * (block_tokens / EVEN_TOKENS)
 
     def _place_few(self, parent: int, keys: Sequence[int]) -> None:
         """As `_place`, one by one."""

@@ -143,9 +143,17 @@ class Hbm(Section):
 class Eviction(Section):
     """What leaves when room is short."""
 
-    policy: Literal["relevance", "lru", "arc", "fifo", "lfu", "mq", "s3fifo", "wtinylfu"] = (
-        "relevance"  # what it learns is worth its memory, see docs/operating.md
-    )
+    policy: Literal[
+        "relevance",
+        "relevance-prefill",
+        "lru",
+        "arc",
+        "fifo",
+        "lfu",
+        "mq",
+        "s3fifo",
+        "wtinylfu",
+    ] = "relevance"  # what it learns is worth its memory, see docs/operating.md
     idle_after: Seconds = 600.0  # a conversation's pause is shorter
 
 

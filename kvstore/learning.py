@@ -152,7 +152,9 @@ class Learning:
         earlier = self._going_on.get(context[-1]) if context and complete else None
         if earlier is None:
             total = len(lease.context) + lease.asked
-            asked = self._family.asked(Request(chain, total - len(chain), now))
+            tokens = entry.layout.block_tokens
+            request = Request(chain, total - len(chain), now, block_tokens=tokens)
+            asked = self._family.asked(request)
             if chain:
                 self.placement.touch(chain, now)
         else:
@@ -227,8 +229,8 @@ class Learning:
             if hints:
                 asked = family.hinted(asked, chain, hints.reuse, hints.name)
         else:
-            unknown = len(rows) - len(chain)
-            asked = family.asked(Request(chain, unknown, now, hints.reuse, hints.name))
+            unknown, tokens = len(rows) - len(chain), offer.entry.layout.block_tokens
+            asked = family.asked(Request(chain, unknown, now, hints.reuse, hints.name, tokens))
             if chain:
                 self.placement.touch(chain, now)
                 self._used(chain)

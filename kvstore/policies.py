@@ -16,6 +16,7 @@ from kvstore.eviction.wtinylfu import WTinyLFU
 
 FAMILIES: dict[str, Callable[[], Family]] = {
     "relevance": Relevance,
+    "relevance-prefill": lambda: Relevance(prefill=True),
     "lru": lambda: Independent(LRU),
     "arc": lambda: Independent(ARC),
     "fifo": lambda: Independent(FIFO),

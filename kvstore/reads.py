@@ -162,7 +162,7 @@ class Reads:
         flags = self.catalog.flags
         for block in [block for block in self._waiting if flags[block] & LOADING]:
             for lease in self._waiting.pop(block, []):
-                if lease.answered:
+                if lease.answered or block not in lease.blocks:  # it may be named twice
                     continue
                 self._shorten(lease, lease.blocks.index(block), FAILED)
                 if lease.ready >= lease.enough:

@@ -155,7 +155,7 @@ HOST = [  # what the tree is, and the words its refusal must hold
     ({"hbm": [{"device": 1}, {"device": 1}]}, ["hbm.1.device", "is there twice"]),
     ({"hbm": [{"size": "8 GiB"}]}, ["hbm.0.device", "required", "CUDA number"]),
     ({"hbm": {"device": 0}}, ["hbm", "[[hbm]] tables"]),
-    ({"eviction": {"policy": "lirs"}}, ["eviction.policy = 'lirs'", "'relevance', 'lru'"]),
+    ({"eviction": {"policy": "lirs"}}, ["eviction.policy = 'lirs'", "'relevance-prefill', 'lru'"]),
     ({"eviction": {"idle_after": "soon"}}, ["eviction.idle_after = 'soon'", '"10 min"']),
     ({"metrics": {"listen": "9420"}}, ["metrics.listen = '9420'", '"127.0.0.1:9420"']),
     ({"metrics": {"listen": "a b:1"}}, ["metrics.listen", '"" for off']),

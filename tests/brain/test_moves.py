@@ -279,6 +279,21 @@ def test_who_waits_for_a_device_is_answered_when_it_is_fenced() -> None:
     assert desk.acquire(entry, 0).ready == 1
 
 
+def test_who_named_a_block_twice_is_answered_when_the_device_is_fenced() -> None:
+    """The block that was named twice was given up before the one ahead of it, for which the request
+    still waited. The second time it was not found any more, and the tick ended with an error."""
+    desk = stored_below()
+    entry = desk.layout()
+    leases = [desk.acquire(entry, 1), desk.acquire(entry, 0, 1, 1)]
+    desk.now += 1.0
+    desk.store.tick(desk.now)
+    desk.now += 60.0
+    desk.store.tick(desk.now)
+    desk.look()
+    assert [(one.answered, one.ready, one.stop) for one in leases] == [(True, 0, FAILED)] * 2
+    desk.store.check()
+
+
 def test_a_drain_ends_when_no_slot_is_to_be_had() -> None:
     """Every slab of NVMe was full of retained blocks of another size: the drain waited for copies
     that could never be made, and its caller with it."""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kvstore.eviction.base import Policy, Request
 from kvstore.eviction.lru import LRU
 from kvstore.eviction.ranking import DEFER_S, ENTRIES_PER_BLOCK, NONE, Ranking
-from kvstore.eviction.relevance import HUB_FAN, STRANGER, UNPLACED, Relevance
+from kvstore.eviction.relevance import EVEN_TOKENS, HUB_FAN, STRANGER, UNPLACED, Relevance
 from kvstore.types import DRAM, NVME
 from tests.brain.rankings import check_family
 from tests.eviction.told import Told, come
@@ -84,6 +84,32 @@ def test_leaves_go_first_whatever_the_classes_say(
             leaf = victims.send(stays)
         except StopIteration:
             leaf = None
+
+
+@pytest.mark.parametrize("many", [30, 100])
+@pytest.mark.parametrize("prefill", [False, True])
+def test_what_is_deep_in_a_prompt_stays_longer_where_seconds_count(
+    prefill: bool, many: int
+) -> None:
+    """The longer prompt was asked for a little earlier. Attention makes its end cost more."""
+    family = Relevance(prefill=prefill)
+    ranking = family.make(DRAM, 200)
+    long, short = list(range(many)), [900, 901]
+    for keys, now in ((long, 0.0), (short, 1.0)):
+        asked = family.asked(Request([], len(keys), now, block_tokens=2_048))
+        family.born(NONE, keys, asked)
+        ranking.admit(keys, now)
+    assert next(ranking.victims(9.0)) == (short if prefill else long)[-1]
+    means = [family.worth(keys, 9.0) for keys in (long[-1:], short[-1:])]
+    assert means == sorted(means, key=lambda one: one or 0.0, reverse=prefill)
+
+
+def test_the_place_of_blocks_found_after_a_restart_is_weighed_when_they_are_asked_for() -> None:
+    family = Relevance(prefill=True)
+    ranking, chain = family.make(DRAM, 200), list(range(10))
+    ranking.admit(chain, 0.0)
+    family.asked(Request(chain, 0, 1.0, block_tokens=EVEN_TOKENS))
+    assert list(family.blocks.weight[:10]) == [1.0 + at for at in range(10)]
 
 
 def two_tiers() -> tuple[Relevance, Ranking, Ranking]:
