@@ -12,8 +12,8 @@ import ctypes
 import operator
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 Piece = tuple[int, int, int]  # target, source, bytes
 
@@ -57,24 +57,60 @@ class _Helpers:
         self._threads: ThreadPoolExecutor | None = None
 
     def share(self, pieces: Iterator[Piece], near_end: Callable[[], None] | None) -> None:
-        """Copy the pieces, all of which are done when this returns or raises, or are not begun."""
-        begun: list[Future[None]] = []
+        """Copy the pieces: when this returns all are done, when it raises none is under way."""
+        shared = _Shared(pieces)
+        interrupt: BaseException | None = None
         try:
             with contextlib.suppress(RuntimeError):  # no thread is to be had, as at exit
-                self._begin(pieces, begun)
+                self._begin(shared)
             _take(pieces, near_end)
         finally:
-            _settle(pieces, begun)
+            while True:  # here and not in a function: to enter one can be interrupted
+                try:
+                    for _ in pieces:
+                        pass
+                    for busy in shared.crew:  # who is not in it by now finds nothing to take
+                        with busy:
+                            pass
+                    break
+                except BaseException as error:
+                    interrupt = error
+        if interrupt is not None:
+            raise interrupt
+        if shared.failed:
+            raise shared.failed[0]
 
-    def _begin(self, pieces: Iterator[Piece], begun: list[Future[None]]) -> None:
+    def _begin(self, shared: _Shared) -> None:
         with self._starting:
             if self._count is None:
-                self._count = min(THREADS_MAX, len(os.sched_getaffinity(0))) - 1
-                if self._count:
-                    self._threads = ThreadPoolExecutor(self._count, "kvstore-copy")
+                count = min(THREADS_MAX, len(os.sched_getaffinity(0))) - 1
+                if count:
+                    self._threads = ThreadPoolExecutor(count, "kvstore-copy")
+                self._count = count
         for _ in range(self._count):
             assert self._threads is not None
-            begun.append(self._threads.submit(_take, pieces))
+            self._threads.submit(shared.help)
+
+
+class _Shared:
+    """Pieces of one caller. Who helps is in the crew, with a lock that it holds, before it takes
+    the first: a caller who sees no piece left and every lock free knows that nobody copies, and
+    need not know who was ever asked to."""
+
+    def __init__(self, pieces: Iterator[Piece]) -> None:
+        self.pieces = pieces
+        self.crew: list[threading.Lock] = []
+        self.failed: list[BaseException] = []
+
+    def help(self) -> None:
+        """Take pieces until there are none; by a thread of the pool."""
+        busy = threading.Lock()
+        with busy:
+            self.crew.append(busy)
+            try:
+                _take(self.pieces)
+            except BaseException as error:
+                self.failed.append(error)
 
 
 def _take(pieces: Iterator[Piece], near_end: Callable[[], None] | None = None) -> None:
@@ -88,21 +124,6 @@ def _take(pieces: Iterator[Piece], near_end: Callable[[], None] | None = None) -
 def _cut(target: int, source: int, size: int) -> Iterator[Piece]:
     for at in range(0, size, PIECE_BYTES):
         yield target + at, source + at, min(PIECE_BYTES, size - at)
-
-
-def _settle(pieces: Iterator[Piece], begun: Sequence[Future[None]]) -> None:
-    """Have no piece taken any more, and wait for those that are under way, whatever interrupts."""
-    interrupt: BaseException | None = None
-    while True:
-        try:
-            for _ in pieces:
-                pass
-            wait([one for one in begun if not one.cancel()])
-            break
-        except BaseException as error:
-            interrupt = error
-    if interrupt is not None:
-        raise interrupt
 
 
 _HELPERS = _Helpers()

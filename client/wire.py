@@ -174,16 +174,19 @@ class Wire:
         if time.monotonic() - self._heard < AWAKE_S:
             return
         with self._lock:
-            if self.dead is not None or not self._sending.acquire(blocking=False):
+            if self.dead is not None:
                 return
             self._users += 1
+        free = False
         try:
-            if self._socket.send(_WAKE) < len(_WAKE):
+            free = self._sending.acquire(blocking=False)  # else what is being sent wakes it
+            if free and self._socket.send(_WAKE) < len(_WAKE):
                 self.close("a request could not be sent as a whole")
         except OSError:
             pass  # the request will tell
         finally:
-            self._sending.release()
+            if free:
+                self._sending.release()
             with self._lock:
                 self._users -= 1
                 self._close_unused()

@@ -321,9 +321,9 @@ class Relevance:
         lists are sent, blocks never depend on each other in a circle.
         """
         blocks, depths = self.blocks, self.blocks.array("depth")
-        free = depths[row] == UNPLACED
         if parent != NONE and blocks.depth[parent] == UNPLACED:
             blocks.depth[parent] = 0
+        free = depths[row] == UNPLACED
         before = np.concatenate((np.array([parent], np.int32), row[:-1]))
         if free.all():
             first = 0 if parent == NONE else blocks.depth[parent] + 1

@@ -356,6 +356,7 @@ class Room:
         pins, flags, busy = self.catalog.pins, self.catalog.flags, self._busy
         keeps = self.retention.keeps if len(self.retention) else None
         mask, due = (0, 1) if force or tier == NVME else self._must_save()
+        waits = bool(self._must_save()[0])  # else nothing is to be saved: the device is fenced
         self._being_saved = False
         taken, held, unsaved, retained = list[int](), list[int](), list[int](), list[int]()
         victims, looked_at, worth = policy.victims(now), 0, self.worth_saving
@@ -368,7 +369,7 @@ class Room:
                 held.append(block)
             elif pins[block] or block in busy:
                 saving = bool(flags[block] & SPILLING)
-                self._being_saved |= saving
+                self._being_saved |= saving and waits
                 held += [] if saving else [block]
             elif idle_s and self.family.idle_s(block, now) < idle_s:
                 busy_left -= 1
@@ -425,8 +426,9 @@ class Room:
         """Empty the slab of another slot size that is idle for longest, if that is worth it.
 
         It is when this size has nothing to give (`desperate`, or no block at all), or when what is
-        in that slab is worth less than our own coldest block; where worth cannot be compared, when
-        that slab was last used before the one in which this sits. Blocks whose copy is
+        in that slab is worth less than our own coldest block, or as little and was last used before
+        it; where worth cannot be compared, when that slab was last used before the one in which our
+        coldest block sits. Blocks whose copy is
         still due are saved first; those that are kept stay, unless this size is desperate.
         """
         slots, column = self._tier(tier)
@@ -443,9 +445,12 @@ class Room:
             if coldest is not None and worth is None and slots.touched[slab] >= ours:
                 return 0
             residents = slots.residents(slab)
-            some = residents[:: 1 + len(residents) // SLAB_SAMPLE]
-            if worth is not None and (self.family.worth(some, now) or 0.0) >= worth:
-                continue
+            if coldest is not None and worth is not None:
+                some = residents[:: 1 + len(residents) // SLAB_SAMPLE]
+                theirs = self.family.worth(some, now) or 0.0
+                used = now - self.family.idle_s(coldest, now)
+                if theirs > worth or (theirs == worth and slots.touched[slab] >= used):
+                    continue
             if not all(self._is_idle(tier, b) and self._may_leave(b, now) for b in residents):
                 continue
             if not desperate and any(self.retention.keeps(b, now) for b in residents):

@@ -73,6 +73,45 @@ def test_a_slab_that_is_worth_more_than_what_is_new_stays() -> None:
     assert desk.tiers(small, 1) == [0]
 
 
+@pytest.mark.parametrize("nvme", [0, 400])
+def test_slabs_change_hands_where_nothing_is_worth_anything(nvme: int) -> None:
+    """Nobody ever asked for a block again, so all were worth exactly nothing, and no slab was worth
+    less than another: a model that came later kept one of forty slabs for good."""
+    desk = Desk(dram=40, nvme=nvme, family=Relevance())
+    old, new = desk.layout(1), desk.layout(2)
+    for entry, blocks in ((old, 160), (new, 200)):
+        for number in range(blocks):
+            desk.now += 1.5
+            desk.put(entry, number)
+            desk.store.digest(desk.now)
+            desk.finish_all()
+        desk.now += 3_600.0
+    sizes = [size for _, size in desk.store.room.dram.slabs()]
+    assert sizes.count(new.slot_bytes) > 20
+
+
+def test_a_layout_whose_copies_hang_gets_room_when_the_device_is_fenced() -> None:
+    """All its blocks were on their way to a device that had stopped. It was waited for them for as
+    long as they hung, though nothing was to be saved any more and other slabs were idle."""
+    desk = Desk(dram=2, nvme=4, family=Relevance())
+    old, new = desk.layout(1), desk.layout(2)
+    desk.put(old, 1)
+    desk.finish_all()
+    for _ in range(100):  # it is asked for again and again, and then never
+        desk.now += 1.0
+        desk.touch(old, 1)
+    assert desk.put(new, 1, 2) == 2
+    for second in range(40):
+        desk.now += 1.0
+        desk.store.tick(desk.now)
+        if not desk.store.placement.health.ok:
+            break
+        assert desk.put(new, 100 + second) == 0
+        desk.store.digest(desk.now)
+    assert not desk.store.placement.health.ok
+    assert desk.put(new, 3) == 1
+
+
 def test_retained_blocks_do_not_go_with_their_slab() -> None:
     """A layout that could have evicted a block of its own took over a colder slab, with retained
     blocks of another layout in it. Now such a slab goes only to who has nothing else to give."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent import futures
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 
 from kvstore.client import copying
 from kvstore.client.copying import LONG_BYTES, NEAR_END, PIECE_BYTES, SHARED_BYTES, Piece, copy_all
+from tests.e2e.harness import wait_for
 
 LONG_S = 20.0
 
@@ -80,8 +82,8 @@ class Held:
 
     def __init__(self) -> None:
         self.go, self.inside = threading.Event(), threading.Event()
+        self.returned = threading.Event()
         self.after: list[int] = []
-        self.returned = False
         self._real = copying._memmove
 
     def __call__(self, target: int, source: int, size: int) -> None:
@@ -90,9 +92,17 @@ class Held:
             assert self.go.wait(LONG_S)
         else:
             assert self.inside.wait(LONG_S)  # else the caller has done it all
-        if self.returned:
+        if self.returned.is_set():
             self.after.append(target)
         self._real(target, source, size)
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Held:
+    """In place of memmove."""
+    memmove = Held()
+    monkeypatch.setattr(copying, "_memmove", memmove)
+    return memmove
 
 
 def _copies(count: int) -> tuple[list[Piece], Any]:
@@ -101,13 +111,22 @@ def _copies(count: int) -> tuple[list[Piece], Any]:
     return [(target.ctypes.data, source.ctypes.data, size)], (source, target)
 
 
+@pytest.mark.parametrize("known", [True, False])
 def test_it_does_not_return_while_a_helper_writes(
-    helpers: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+    helpers: Callable[[int], None], held: Held, monkeypatch: pytest.MonkeyPatch, known: bool
 ) -> None:
+    """Nor while one does of which it does not know: an executor may queue the work, and then fail
+    to start a thread; a thread that it has already takes that up."""
     helpers(1)
-    held = Held()
-    monkeypatch.setattr(copying, "_memmove", held)
     copies, (_, target) = _copies(32)
+    if not known:
+        real = ThreadPoolExecutor.submit
+
+        def submit(self: Any, *work: Any) -> Any:
+            real(self, *work)
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
     caller = threading.Thread(target=copy_all, args=(copies,))
     caller.start()
     assert held.inside.wait(LONG_S)
@@ -118,37 +137,98 @@ def test_it_does_not_return_while_a_helper_writes(
     assert not caller.is_alive() and target.all()
 
 
-@pytest.mark.parametrize("where", ["copying", "waiting"])
-def test_an_interrupt_waits_for_who_still_writes(
-    helpers: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, where: str
+def test_a_helper_that_fails_is_heard_of(
+    helpers: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its piece is not copied: the slot must not be committed."""
+    helpers(1)
+    failed, real = threading.Event(), copying._memmove
+
+    def memmove(target: int, source: int, size: int) -> None:
+        if threading.current_thread().name.startswith("kvstore-copy"):
+            failed.set()
+            raise MemoryError
+        assert failed.wait(LONG_S)
+        real(target, source, size)
+
+    monkeypatch.setattr(copying, "_memmove", memmove)
+    copies, _buffers = _copies(32)
+    with pytest.raises(MemoryError):
+        copy_all(copies)
+
+
+def test_an_interrupt_in_the_copy_waits_for_who_still_writes(
+    helpers: Callable[[int], None], held: Held
 ) -> None:
     """The slots may be somebody else's afterwards."""
     helpers(2)
-    held = Held()
-    monkeypatch.setattr(copying, "_memmove", held)
     copies, _buffers = _copies(32)
-    waits: list[bool] = []
-    real_wait = futures.wait
-
-    def wait(pending: Any) -> Any:
-        waits.append(True)
-        if where == "waiting" and len(waits) == 1:
-            raise KeyboardInterrupt
-        held.go.set()
-        return real_wait(pending)
 
     def stop() -> None:
+        threading.Thread(target=let_go_when_returned, args=(held,)).start()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(copying, "wait", wait)
     with pytest.raises(KeyboardInterrupt):
-        copy_all(copies, near_end=stop if where == "copying" else None)
-    held.returned = True
+        copy_all(copies, near_end=stop)
+    _nothing_more(held)
+
+
+def test_an_interrupt_in_the_wait_waits_on(helpers: Callable[[int], None], held: Held) -> None:
+    """A real signal, when all pieces have been taken and one is still being written."""
+    helpers(1)
+    copies, (_, target) = _copies(32)
+
+    def interrupt(signum: int, frame: object) -> None:
+        threading.Thread(target=let_go_when_returned, args=(held,)).start()
+        raise KeyboardInterrupt
+
+    def when_waiting() -> None:
+        last = target[-PIECE_BYTES:]
+        assert held.inside.wait(LONG_S)
+        wait_for(last.all, "the caller to have nothing more to do")
+        signal.raise_signal(signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        waiting = threading.Thread(target=when_waiting)
+        waiting.start()
+        with pytest.raises(KeyboardInterrupt):
+            copy_all(copies)
+        _nothing_more(held)
+        waiting.join(LONG_S)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def let_go_when_returned(held: Held) -> None:
+    """Let the helper write on, after copy_all would have returned if it did not wait."""
+    held.returned.wait(0.2)
+    held.go.set()
+
+
+def _nothing_more(held: Held) -> None:
+    held.returned.set()
     threads = copying._HELPERS._threads
     assert threads is not None
     threads.shutdown()  # whatever they still had to do
     assert held.after == []
-    assert len(waits) == (2 if where == "waiting" else 1)
+
+
+def test_an_interrupt_in_the_first_copy_does_not_break_the_next(
+    helpers: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    helpers(1)
+    copies, (_, target) = _copies(32)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as at_first:
+        at_first.setattr(copying, "ThreadPoolExecutor", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            copy_all(copies)
+    copy_all(copies)
+    assert target.all()
 
 
 def test_a_forked_child_copies_with_threads_of_its_own() -> None:
