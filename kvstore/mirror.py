@@ -298,8 +298,11 @@ class Mirror:
     def _leave(self, seats: Seats, blocks: Sequence[int], reason: str) -> None:
         slots = seats.slots
         pages = [seats.page_of.pop(block) for block in blocks]
-        policy = self._policy(seats, slots.slot_size(slots.slab_of(pages[0])))
-        policy.forget(blocks)
+        # Blocks of one size in DRAM have shards of several, where layouts have more or fewer.
+        sizes = [slots.slot_size(slots.slab_of(page)) for page in pages]
+        for size in dict.fromkeys(sizes):
+            mine = [block for block, of in zip(blocks, sizes, strict=True) if of == size]
+            self._policy(seats, size).forget(mine)
         slots.give_back(pages)
         self._room.counters.hbm.evicted[reason] += len(blocks)
 

@@ -150,9 +150,13 @@ class Writes:
         stored = len(good)
         if lease.shard is not None:
             good = self._shard_done(good, lease)
-        # Stored once more while NVMe was fenced: the bytes may differ from those of the old copy.
+        # Stored once more while NVMe was fenced: the bytes may differ from those of the old copy. One
+        # copy goes: the new one, where somebody reads the old one just now.
         room = self.placement.room
-        again = [block for block in good if flags[block] & STORED and not room.held(block)]
+        again = [block for block in good if flags[block] & STORED]
+        if needless := [block for block in again if room.held(block)]:
+            good, again = _without(good, needless), _without(again, needless)
+            self.placement.unwrite(needless)
         room.leave(NVME, again, "replaced")
         self.placement.publish(good, now)
         index = lease.entry.index
@@ -311,6 +315,11 @@ class Writes:
             elif not parts.claimed:
                 self._idle_parts[block] = None
         return complete
+
+
+def _without(blocks: Iterable[int], others: Iterable[int]) -> list[int]:
+    left_out = set(others)
+    return [block for block in blocks if block not in left_out]
 
 
 def _refuse_tail(

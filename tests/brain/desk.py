@@ -38,6 +38,7 @@ class Desk:
         limits: Limits | None = None,
         idle_s: float = 0.0,
         family: Family | None = None,
+        hbm: Sequence[int] = (),
     ) -> None:
         config = PlacementConfig(
             dram_bytes=dram * slab_pages * PAGE,
@@ -48,6 +49,7 @@ class Desk:
             spread=spread,
             queue_depth=queue_depth,
             idle_s=idle_s,
+            hbm_bytes=tuple(slabs * slab_pages * PAGE for slabs in hbm),
         )
         self.store = Store(config, limits or Limits(), family or Independent(LRU))
         self.counters = self.store.counters
@@ -105,6 +107,8 @@ class Desk:
         enough: int = 0,
         tokens_per_s: float = 0.0,
         poll: bool = False,
+        devices: Sequence[int] = (),
+        direct: bool = False,
     ) -> ReadLease:
         lease = self.store.acquire(
             self.client,
@@ -115,6 +119,8 @@ class Desk:
             enough=enough,
             tokens_per_s=tokens_per_s,
             poll=poll,
+            devices=devices,
+            direct=direct,
         )
         self.look()
         return lease

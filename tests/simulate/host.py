@@ -22,6 +22,7 @@ from kvstore.hands import Door, Ended
 from kvstore.health import FAILURES_IN_A_ROW
 from kvstore.leases import Session
 from kvstore.limits import Limits
+from kvstore.mover import IN_MEMORY
 from kvstore.orders import MoveKind, Outcome
 from kvstore.placement import PlacementConfig
 from kvstore.policies import FAMILIES
@@ -223,6 +224,8 @@ class Daemon:
         self.service.unquarantine(blocks)
 
     def _finished(self, ended: list[Ended]) -> None:
+        if any(move.kind not in IN_MEMORY for move, _, _ in ended):
+            self.workers.heard()
         """Moves have ended; a drive that only fails is to be left alone."""
         for move, outcome, _ in ended:
             failed = outcome is Outcome.FAILED and move.kind is not MoveKind.PROBE

@@ -70,6 +70,10 @@ class Workers:
         """Whether any move has not been reported yet."""
         return len(self._idle) < self._workers or self.queued() > 0
 
+    def heard(self) -> None:
+        """The daemon has heard of an end: later than it was, if it was stopped in between."""
+        self._ended_at = self._process.time()
+
     def hangs_s(self) -> float:
         """For how long the device has ended nothing, though something is to be done there."""
         return self._process.time() - self._ended_at if self._device_works() else 0.0
