@@ -150,7 +150,7 @@ class Writes:
         stored = len(good)
         if lease.shard is not None:
             good = self._shard_done(good, lease)
-        # Stored once more while NVMe was fenced: the bytes may differ from those of the old copy. One
+        # Stored anew while NVMe was fenced: the bytes may differ from those of the old copy. One
         # copy goes: the new one, where somebody reads the old one just now.
         room = self.placement.room
         again = [block for block in good if flags[block] & STORED]

@@ -176,6 +176,11 @@ class Books:
 
     # -- checks --------------------------------------------------------------------------------
 
+    def is_read_on_nvme(self, entry: LayoutEntry, key: bytes) -> bool:
+        """Whether a lease or a move needs the copy that is there."""
+        block = entry.index[key]
+        return bool(self.store.catalog.flags[block] & STORED) and self.store.room.held(block)
+
     def check(self) -> None:
         """Asserts all that must hold between calls."""
         self.store.check()

@@ -196,7 +196,7 @@ class World(Books):
                 if len(part.done) < entry.layout.shards:
                     continue
                 del self.partial[page]
-            if self._is_read_on_nvme(entry, name[1]):
+            if self.is_read_on_nvme(entry, name[1]):
                 self.marks["stored again while the old copy is read"] += 1
                 continue
             self.committed(name, tuple(self.dram[page]))
@@ -208,11 +208,6 @@ class World(Books):
         assert self.store.commit(writer.session, writer.lease.number, self.now) is None
         for key in visible:
             assert self.store.lookup(entry, [key]) == b"\1", "committed, and not there"
-
-    def _is_read_on_nvme(self, entry: LayoutEntry, key: bytes) -> bool:
-        """Whether a lease or a move needs the copy that is there."""
-        block = entry.index[key]
-        return bool(self.store.catalog.flags[block] & STORED) and self.store.room.held(block)
 
     def abort(self, writer: Writer) -> None:
         self.writers.remove(writer)
