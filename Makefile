@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: test-engines soak-kill soak-reboot soak-linear soak-restart soak-deaths soak-deadlines soak-faults soak-power soak-flips soak-simulate soak-attribution setup demo test bench proto clean
+.PHONY: test-engines soak-kill soak-reboot soak-linear soak-restart soak-deaths soak-deadlines soak-faults soak-power soak-flips soak-simulate soak-brain soak-attribution setup demo test bench proto clean
 
 # kvikio's own code is run by a test. All that it asks for is gigabytes of CUDA, and not needed there.
 KVIKIO := kvikio-cu13==26.10.0 libkvikio-cu13==26.10.0 rapids-logger==0.3.0 \
@@ -53,6 +53,10 @@ SEEDS ?= 5000
 STEPS ?= 500
 soak-simulate: setup
 	$(RUN) -m tests.simulate --seed $(SEED) --seeds $(SEEDS) --steps $(STEPS)
+
+# Runs of the brain alone beside its model; 5,000 take about half an hour.
+soak-brain: setup
+	$(RUN) -m tests.brain --seed $(SEED) --seeds $(SEEDS)
 
 # kill -9 of everybody under load, every byte checked.
 ROUNDS ?= 1000

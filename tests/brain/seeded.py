@@ -15,6 +15,7 @@ from kvstore.types import NO_GPU
 from tests.brain.books import Reader
 from tests.brain.world import KEYS, PAGE, SHAPES, World, key_of
 
+STEPS = 600
 WRITE_POLICIES = ("through", "on-evict", "second-touch")
 SLAB_PAGES = (6, 8)
 OUTCOMES = (Outcome.DONE,) * 6 + (Outcome.CORRUPT, Outcome.FAILED, Outcome.FAILED)

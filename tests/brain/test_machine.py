@@ -22,6 +22,7 @@ from tests.brain.seeded import (
     SECONDS,
     SLAB_PAGES,
     SPEEDS,
+    STEPS,
     WRITE_POLICIES,
     Seeded,
     make_world,
@@ -247,7 +248,6 @@ TestMachine = Machine.TestCase
 
 MARKS = Counter[str]()
 SEEDS = 60
-STEPS = 600
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
