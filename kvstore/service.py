@@ -201,6 +201,11 @@ class Service:
         else:
             self.settle()
 
+    def _settle_after_moves(self) -> None:
+        """As `settle`; at once where somebody waits for room, and depends on what was asked."""
+        settle = self.settle if len(self._parking) else self._settle_in_time
+        settle()
+
     def _settle_one(self) -> bool:
         left = self.store.digest(self._now(), 1)
         self._carry_out()
@@ -223,17 +228,14 @@ class Service:
             self.tidings.tell()
             if move.kind is MoveKind.VERIFY:
                 self._verification.checked(move.block, outcome, now)
-        if len(self._parking):
-            self.settle()  # those that wait for room depend on what was asked before
-        else:
-            self._settle_in_time()
+        self._settle_after_moves()
         self._drains.go_on(self._now())
 
     def tick(self) -> None:
         """Called about once a second."""
         self.store.tick(self._now())
         self.tidings.tell()
-        self.settle()
+        self._settle_after_moves()
         self._drains.go_on(self._now())
 
     def idle(self) -> bool:
