@@ -157,6 +157,7 @@ class Writes:
         if needless := [block for block in again if room.held(block)]:
             good, again = _without(good, needless), _without(again, needless)
             self.placement.unwrite(needless)
+            stored -= len(needless)
         room.leave(NVME, again, "replaced")
         self.placement.publish(good, now)
         index = lease.entry.index

@@ -198,6 +198,7 @@ class World(Books):
                 del self.partial[page]
             if self.is_read_on_nvme(entry, name[1]):
                 self.marks["stored again while the old copy is read"] += 1
+                dead += 1
                 continue
             self.committed(name, tuple(self.dram[page]))
             visible.append(name[1])
