@@ -127,7 +127,7 @@ class Reads:
     def cut(self, lease: ReadLease, stop: int) -> None:
         """The wait is over: the lease is answered with what is ready."""
         if not lease.answered:
-            self._answer(lease, stop if lease.ready < len(lease.blocks) else lease.stop)
+            self._answer_late(lease, stop if lease.ready < len(lease.blocks) else lease.stop)
 
     def release(self, session: Session, number: int) -> bool:
         """Whether the lease held until now. It is over."""
@@ -153,7 +153,7 @@ class Reads:
                 lease.why = "corrupt" if outcome is Outcome.CORRUPT else ""
             if not lease.answered and lease.ready >= lease.enough:
                 pending = lease.ready < len(lease.blocks)
-                self._answer(lease, PENDING if pending else lease.stop)
+                self._answer_late(lease, PENDING if pending else lease.stop)
                 self.placement.room.orders.answers.append(lease)
         self.placement.pump(now)
 
@@ -166,7 +166,7 @@ class Reads:
                     continue
                 self._shorten(lease, lease.blocks.index(block), FAILED)
                 if lease.ready >= lease.enough:
-                    self._answer(lease, lease.stop)
+                    self._answer_late(lease, lease.stop)
                     self.placement.room.orders.answers.append(lease)
 
     def end(self, lease: ReadLease) -> None:
@@ -322,6 +322,16 @@ class Reads:
             if waiting and lease in waiting:
                 waiting.remove(lease)
         self.placement.room.unpin(gone)
+
+    def _answer_late(self, lease: ReadLease, stop: int) -> None:
+        """As `_answer`, after a wait: what was ready may have been forgotten, or found damaged."""
+        flags = self.catalog.flags
+        for at, block in enumerate(lease.blocks[: lease.ready]):
+            if flags[block] & PROVEN != READY:
+                lease.ready, stop = at, ABSENT
+                self._shorten(lease, at, stop)
+                break
+        self._answer(lease, stop)
 
     def _answer(self, lease: ReadLease, stop: int) -> None:
         """Make the lease final: what is ready is granted, the rest is left."""

@@ -279,6 +279,24 @@ def test_who_waits_for_a_device_is_answered_when_it_is_fenced() -> None:
     assert desk.acquire(entry, 0).ready == 1
 
 
+def test_what_is_dropped_while_others_are_waited_for_is_not_granted() -> None:
+    """The first block had been loaded, and counted as ready, while the second was still on its way.
+    It was forgotten then, or found damaged, and granted all the same when the second had come."""
+    desk = stored_below()
+    entry = desk.layout()
+    lease = desk.acquire(entry, 0, 1, 2)
+    desk.finish(LOAD, key=0)
+    desk.finish(LOAD, key=1)
+    assert not lease.answered
+    desk.store.forget(entry, keys(1))
+    desk.finish(LOAD, key=2)
+    assert lease.answered and (lease.ready, lease.stop, len(lease.blocks)) == (1, ABSENT, 1)
+    assert desk.release(lease)
+    desk.store.digest(desk.now)
+    desk.store.check()
+    assert (desk.counters.hit, desk.counters.miss) == (1, 2)
+
+
 def test_who_named_a_block_twice_is_answered_when_the_device_is_fenced() -> None:
     """The block that was named twice was given up before the one ahead of it, for which the request
     still waited. The second time it was not found any more, and the tick ended with an error."""

@@ -148,6 +148,10 @@ class Checks:
         """What the index has made durable is to be served afterwards."""
         self._note_durable()
 
+    def before_daemon_ends(self) -> None:
+        """It was asked to, and has closed its index: also where the drive did not let it commit."""
+        self._note_durable()
+
     def _note_durable(self) -> None:
         """Blocks whose record in the index is durable and true."""
         daemon, drive = self.world.daemon, self.world.machine.drive

@@ -171,6 +171,7 @@ class Daemon:
             return
         if self.index is not None:
             self.index.close()
+            self.world.checks.before_daemon_ends()
         self.kill()
         then()
 
