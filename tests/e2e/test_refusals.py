@@ -297,7 +297,7 @@ def test_an_exception_while_copying_leaves_nothing(cache: Cache, monkeypatch: An
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(places, "copy", interrupted)
+        patch.setattr(places, "copy_all", interrupted)
         with pytest.raises(KeyboardInterrupt):
             cache.put(NEW, BLOCKS)
         with pytest.raises(KeyboardInterrupt):
