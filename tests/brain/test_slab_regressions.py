@@ -31,8 +31,8 @@ def test_a_slab_whose_blocks_are_hit_on_nvme_stays() -> None:
 @pytest.mark.parametrize("force", [False, True])
 def test_hot_blocks_do_not_go_while_copies_are_under_way(force: bool) -> None:
     """A burst of large blocks was still on its way to NVMe, so none of them could leave: for want
-    of victims of that size the slab of a small layout was taken, though its blocks were hit ten
-    thousand times a second. An engine then waited 300 ms for what it had just used."""
+    of victims of that size the slab of a small layout was taken, though its blocks were asked
+    for all the time. An engine then waited 300 ms for what it had just used."""
     desk = Desk(dram=2, nvme=4)
     small, large = desk.layout(1), desk.layout(2)
     desk.put(small, 1)
