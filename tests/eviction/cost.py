@@ -233,7 +233,7 @@ def main() -> int:
             whole, bare = pool.apply(both, (policy, options.blocks, length))
         cells = (whole.access, whole.eviction, whole.both, bare.both, whole.memory)
         bar = BARS_US.get(policy)
-        over = bar is not None and bare.both > bar  # the policy's own: leases and slots cost alike
+        over = bar is not None and whole.both > bar
         missed |= over
         sys.stdout.write(
             f"{policy:>11}  {length:11}  "
