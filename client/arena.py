@@ -1,7 +1,7 @@
 """The tenant's arena, mapped into this process, and where the bytes of a caller's buffers are.
 
-Pages are mapped ahead in the background, so that the first
-copy through a fresh mapping is not slowed by a page fault for every 4 KiB.
+Pages are mapped ahead in the background, so that the first copy through a fresh mapping is not
+slowed by a page fault for every 4 KiB.
 """
 
 from __future__ import annotations

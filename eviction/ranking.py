@@ -107,6 +107,7 @@ class Ranking:
     def _admit_many(self, row: Keys) -> None:
         """As `admit`, in arrays: after a restart it may be millions."""
         columns = self.columns
+        assert len(np.unique(row)) == len(row), "a key admitted twice"
         assert not columns.array("resident")[row].any(), "a key admitted twice"
         columns.array("resident")[row] = 1
         for key in row[self._blocks.array("parent")[row] != NONE].tolist():

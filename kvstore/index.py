@@ -374,7 +374,7 @@ def _columns(scan: Scan) -> tuple[Loaded, list[int]]:
     damaged -= sum(len(piece[0]) for piece in pieces)
     columns: list[list[Any]] = [[], [], [], [], []]
     for piece in pieces:
-        for column, part in zip(columns, piece, strict=False):
+        for column, part in zip(columns, piece[:-1], strict=True):
             column += part
     if len(pieces) > 1:
         order = np.argsort(np.array(columns[0], np.uint64), kind="stable").tolist()

@@ -299,10 +299,8 @@ class Mirror:
         slots = seats.slots
         pages = [seats.page_of.pop(block) for block in blocks]
         # Blocks of one size in DRAM have shards of several, where layouts have more or fewer.
-        sizes = [slots.slot_size(slots.slab_of(page)) for page in pages]
-        for size in dict.fromkeys(sizes):
-            mine = [block for block, of in zip(blocks, sizes, strict=True) if of == size]
-            self._policy(seats, size).forget(mine)
+        for block, page in zip(blocks, pages, strict=True):
+            self._policy(seats, slots.slot_size(slots.slab_of(page))).forget([block])
         slots.give_back(pages)
         self._room.counters.hbm.evicted[reason] += len(blocks)
 

@@ -322,7 +322,8 @@ class Room:
         if taken and tier == NVME:
             self._note_stay(self.family.idle_s(taken[0], now))
         self.leave(tier, taken, self.reasons[tier])
-        if taken or self.unsaved or self._being_saved:
+        saving = self._being_saved and self._must_save()[0]  # not to a device that is fenced
+        if taken or self.unsaved or saving:
             return len(taken)
         return self._take_over(tier, slot_bytes, now, force=force, desperate=True)
 
@@ -356,7 +357,6 @@ class Room:
         pins, flags, busy = self.catalog.pins, self.catalog.flags, self._busy
         keeps = self.retention.keeps if len(self.retention) else None
         mask, due = (0, 1) if force or tier == NVME else self._must_save()
-        waits = bool(self._must_save()[0])  # else nothing is to be saved: the device is fenced
         self._being_saved = False
         taken, held, unsaved, retained = list[int](), list[int](), list[int](), list[int]()
         victims, looked_at, worth = policy.victims(now), 0, self.worth_saving
@@ -368,9 +368,10 @@ class Room:
                 retained.append(block)
                 held.append(block)
             elif pins[block] or block in busy:
-                saving = bool(flags[block] & SPILLING)
-                self._being_saved |= saving and waits
-                held += [] if saving else [block]
+                if flags[block] & SPILLING:
+                    self._being_saved = True
+                else:
+                    held.append(block)
             elif idle_s and self.family.idle_s(block, now) < idle_s:
                 busy_left -= 1
                 if not busy_left:
@@ -428,8 +429,8 @@ class Room:
         It is when this size has nothing to give (`desperate`, or no block at all), or when what is
         in that slab is worth less than our own coldest block, or as little and was last used before
         it; where worth cannot be compared, when that slab was last used before the one in which our
-        coldest block sits. Blocks whose copy is
-        still due are saved first; those that are kept stay, unless this size is desperate.
+        coldest block sits. Blocks whose copy is still due are saved first; those that are kept
+        stay, unless this size is desperate.
         """
         slots, column = self._tier(tier)
         if slots.serve_only(slot_bytes):
@@ -438,18 +439,21 @@ class Room:
         coldest = None
         if not desperate:
             coldest = next(iter(self.policy(tier, slot_bytes).victims(now)), None)
-        ours = now if coldest is None else slots.touched[slots.slab_of(column[coldest])]
-        worth = None if coldest is None else self.family.worth([coldest], now)
+        ours, worth = now, None
+        if coldest is not None:
+            worth = self.family.worth([coldest], now)
+            ours = slots.touched[slots.slab_of(column[coldest])]
+            if worth is not None:
+                ours = now - self.family.idle_s(coldest, now)
         others = (slab for slab, size in slots.slabs() if size != slot_bytes)
         for slab in heapq.nsmallest(SLABS_LOOKED_AT_MAX, others, key=slots.touched.__getitem__):
             if coldest is not None and worth is None and slots.touched[slab] >= ours:
                 return 0
             residents = slots.residents(slab)
-            if coldest is not None and worth is not None:
+            if worth is not None:
                 some = residents[:: 1 + len(residents) // SLAB_SAMPLE]
                 theirs = self.family.worth(some, now) or 0.0
-                used = now - self.family.idle_s(coldest, now)
-                if theirs > worth or (theirs == worth and slots.touched[slab] >= used):
+                if theirs > worth or (theirs == worth and slots.touched[slab] >= ours):
                     continue
             if not all(self._is_idle(tier, b) and self._may_leave(b, now) for b in residents):
                 continue

@@ -187,24 +187,16 @@ class Service:
 
     def settle_later(self, verb: int) -> None:
         """As `settle`; after reading, what the policies are told may wait for a quiet moment."""
-        if verb in READ_VERBS:
-            self._settle_in_time()
-        else:
-            self.settle()
+        self._settle_soon(may_wait=verb in READ_VERBS)
 
-    def _settle_in_time(self) -> None:
-        """As `settle`, a piece at a time where there are quiet moments."""
-        if self.later(self._settle_one):
+    def _settle_soon(self, *, may_wait: bool) -> None:
+        """As `settle`; what may wait is done a piece at a time, where there are quiet moments."""
+        if may_wait and self.later(self._settle_one):
             if self.store.undigested > PUT_OFF_MAX:
                 self._settle_one()
             self._carry_out()
         else:
             self.settle()
-
-    def _settle_after_moves(self) -> None:
-        """As `settle`; at once where somebody waits for room, and depends on what was asked."""
-        settle = self.settle if len(self._parking) else self._settle_in_time
-        settle()
 
     def _settle_one(self) -> bool:
         left = self.store.digest(self._now(), 1)
@@ -228,14 +220,14 @@ class Service:
             self.tidings.tell()
             if move.kind is MoveKind.VERIFY:
                 self._verification.checked(move.block, outcome, now)
-        self._settle_after_moves()
+        self._settle_soon(may_wait=not len(self._parking))  # who waits depends on what was asked
         self._drains.go_on(self._now())
 
     def tick(self) -> None:
         """Called about once a second."""
         self.store.tick(self._now())
         self.tidings.tell()
-        self._settle_after_moves()
+        self._settle_soon(may_wait=not len(self._parking))  # who waits depends on what was asked
         self._drains.go_on(self._now())
 
     def idle(self) -> bool:

@@ -153,12 +153,12 @@ class Writes:
         # Stored anew while NVMe was fenced: the bytes may differ from those of the old copy. One
         # copy goes: the new one, where somebody reads the old one just now.
         room = self.placement.room
-        again = [block for block in good if flags[block] & STORED]
-        if needless := [block for block in again if room.held(block)]:
-            good, again = _without(good, needless), _without(again, needless)
-            self.placement.unwrite(needless)
+        needless = {block for block in good if flags[block] & STORED and room.held(block)}
+        if needless:
+            good = [block for block in good if block not in needless]
+            self.placement.unwrite(list(needless))
             stored -= len(needless)
-        room.leave(NVME, again, "replaced")
+        room.leave(NVME, [block for block in good if flags[block] & STORED], "replaced")
         self.placement.publish(good, now)
         index = lease.entry.index
         if before := [index[key] for key in lease.after if key in index]:
@@ -316,11 +316,6 @@ class Writes:
             elif not parts.claimed:
                 self._idle_parts[block] = None
         return complete
-
-
-def _without(blocks: Iterable[int], others: Iterable[int]) -> list[int]:
-    left_out = set(others)
-    return [block for block in blocks if block not in left_out]
 
 
 def _refuse_tail(

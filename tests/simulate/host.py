@@ -225,9 +225,9 @@ class Daemon:
         self.service.unquarantine(blocks)
 
     def _finished(self, ended: list[Ended]) -> None:
+        """Moves have ended; a drive that only fails is to be left alone."""
         if any(move.kind not in IN_MEMORY for move, _, _ in ended):
             self.workers.heard()
-        """Moves have ended; a drive that only fails is to be left alone."""
         for move, outcome, _ in ended:
             failed = outcome is Outcome.FAILED and move.kind is not MoveKind.PROBE
             self._failed_in_a_row = self._failed_in_a_row + 1 if failed else 0
