@@ -330,9 +330,8 @@ def _push_out(other: Cache, buffers: Buffers, count: int) -> None:
 
 
 def _wait_spilled(client: Client) -> None:
-    """Until no spill is under way or due."""
-    while client.stats()["tenants"]["default"]["moves"]["due"]:
-        time.sleep(0.002)
+    """Until no spill is under way or due; without asking again and again, which costs the daemon."""
+    client.drain()
 
 
 # -- a million blocks --------------------------------------------------------------------------

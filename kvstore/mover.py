@@ -30,7 +30,8 @@ class Mover:
     """Worker threads over one arena and one NVMe tier, or over the arena alone.
 
     Spills and checks may occupy three quarters of the workers, so that a load never waits for a
-    slow write to end. One worker more does only what needs no device: while the device hangs, what
+    slow write to end, and one more than there are processors: each takes one for its checksum, and
+    beyond that they are in each other's way, and the loop's. One worker more does only what needs no device: while the device hangs, what
     is in DRAM can still be proved. Copies to GPUs have a worker for themselves, which the others
     know nothing of. The queue is bounded by whoever orders: the store has a bound on each kind.
     """
@@ -51,7 +52,8 @@ class Mover:
         self._queues: tuple[deque[Move], ...] = tuple(deque() for _ in MoveKind)
         self._wake = threading.Condition()
         self._lazy_running = 0
-        self._lazy_most = max(1, threads - max(1, threads // 4))
+        few = len(os.sched_getaffinity(0)) + 1
+        self._lazy_most = max(1, min(few, threads - max(1, threads // 4)))
         self._closing = False
         self._threads = [
             threading.Thread(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -72,7 +73,7 @@ class Layout:
         """Bytes that one block takes in a tier: its own, rounded up to the alignment."""
         return slot_bytes_of(self.block_bytes)
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> bytes:
         """16 bytes that differ when any field differs; part of every key."""
         fields = json.dumps(dataclasses.asdict(self), sort_keys=True).encode()
