@@ -3,11 +3,12 @@
 Needs protobuf and numpy alone. Nothing of the daemon is imported.
 """
 
-from kvstore.client.cache import Cache, GetResult, Match, PutResult
+from kvstore.client.cache import Cache
 from kvstore.client.client import Client, connect
 from kvstore.client.grant import Grant
 from kvstore.client.places import Extent
 from kvstore.client.reservation import Reservation
+from kvstore.client.results import GetResult, Match, PutResult
 from kvstore.types import Layout, Stats
 
 __all__ = [

@@ -6,11 +6,10 @@ slowed by a page fault for every 4 KiB.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -98,16 +97,27 @@ class Arena:
                 return  # an older kernel: the pages come one by one, as they are used
 
 
+def addresses_of(buffers: Sequence[Any], size: int, *, writable: bool) -> list[int]:
+    """Where the bytes of a caller's buffers are: see `address_of`."""
+    found = []
+    for at, buffer in enumerate(buffers):
+        if type(buffer) is np.ndarray and buffer.nbytes == size and not buffer.dtype.hasobject:
+            # The usual case, at a fifth of the cost: it takes what is contiguous and writable only.
+            try:
+                found.append(ctypes.addressof(ctypes.c_char.from_buffer(buffer)))  # type: ignore[arg-type]
+                continue
+            except (TypeError, ValueError):
+                pass
+        found.append(address_of(buffer, size, f"buffer {at}", writable=writable))
+    return found
+
+
 def address_of(buffer: Any, size: int, what: str, *, writable: bool) -> int:
     """Where the bytes of a caller's buffer are.
 
     Takes CPU torch tensors, and whatever has the buffer protocol. Raises InvalidBlock, naming
     `what`, unless it is contiguous, of this size in bytes, in host memory, and writable if asked.
     """
-    if type(buffer) is np.ndarray and buffer.nbytes == size and not buffer.dtype.hasobject:
-        # The usual case, at a fifth of the cost: this takes what is contiguous and writable only.
-        with contextlib.suppress(TypeError, ValueError):
-            return ctypes.addressof(ctypes.c_char.from_buffer(buffer))  # type: ignore[arg-type]
     if hasattr(buffer, "data_ptr"):
         return _tensor_address(buffer, size, what)
     if hasattr(buffer, "__cuda_array_interface__"):

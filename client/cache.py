@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvstore.client.arena import address_of, on_device
+from kvstore.client.arena import addresses_of, on_device
 from kvstore.client.copy_out import CopyOut
 from kvstore.client.grant import Grant, count_tiers
 from kvstore.client.places import Places
+from kvstore.client.recall import FEW, FEW_BYTES, Recall
 from kvstore.client.reservation import NEW, PRESENT, REFUSED, Reservation
+from kvstore.client.results import GetResult, Match, PutResult
 from kvstore.errors import InvalidBlock, InvalidRequest, SessionLost, Unavailable
 from kvstore.protos import kvstore_pb2 as pb
-from kvstore.types import NO_GPU, Layout, check_keys
+from kvstore.types import DRAM, NO_GPU, Layout, check_keys
 
 if TYPE_CHECKING:
     from kvstore.client.client import Client, Session
@@ -26,33 +26,6 @@ WAIT_S_MAX = 3_600.0  # longer waits are cut to this, as the daemon does
 GRACE_S = 0.05  # for the answer that the daemon sends at the deadline to arrive
 MANY = 16  # blocks: to prepare a request about so many takes as long as to wake the daemon
 WINDOW_BYTES = 16 << 20  # get copies so much while the rest is still being loaded
-
-
-@dataclasses.dataclass(frozen=True)
-class Match:
-    """`length` leading blocks are resident; `tiers` counts in which tier they are."""
-
-    length: int
-    tiers: Counter[str]
-
-
-@dataclasses.dataclass(frozen=True)
-class PutResult:
-    """Blocks stored by this call, present already, and refused for want of room."""
-
-    stored: int
-    present: int
-    refused: int
-
-
-@dataclasses.dataclass(frozen=True)
-class GetResult:
-    """The first `length` buffers hold the right bytes; the content of the others is undefined.
-    `tiers` counts where the blocks were found."""
-
-    length: int
-    tiers: Counter[str]
-    seconds: float
 
 
 class Cache:
@@ -68,6 +41,7 @@ class Cache:
         self.layout = layout
         self.copier: Copier | None = None  # of CUDA buffers; None: that of the process
         self._number: tuple[Session, int] | None = None  # of the layout, on that session
+        self._recall = Recall()
 
     def lookup(self, hashes: Sequence[bytes]) -> Match:
         """The longest resident prefix. Changes nothing and holds nothing."""
@@ -109,7 +83,7 @@ class Cache:
             session, reply = self._reserve(hashes, parent, hints, wait_s, shard, skip=done)
             status: bytes = reply.status
             new = [at for at, answer in enumerate(status, done) if answer == NEW]
-            if new and not self._fill(session, reply, sources, new, shard, copied_by):
+            if new and not self._fill(session, reply, hashes, sources, new, shard, copied_by):
                 status, new = status.replace(bytes([NEW]), bytes([REFUSED])), []
             for at, answer in enumerate(status, done):
                 if answer == NEW or outcome[at] == REFUSED:
@@ -145,35 +119,38 @@ class Cache:
         started, wait_s = time.monotonic(), _wait_s(deadline_s)
         into = list(into)
         targets = self._addresses(hashes, into, shard, writable=True)
+        few = type(targets) is list and not direct and self._few(hashes)
+        if few and self._get_again(hashes, targets, shard, prefill_tokens_per_s, started):
+            found = bytes([DRAM]) * len(hashes)
+            return GetResult(len(hashes), count_tiers(found), time.monotonic() - started)
         by = started + wait_s
         out = CopyOut(self.layout, targets, shard, by + self.client.timeout_s, self.copier)
-        done, tiers = 0, Counter[str]()
+        done, found = 0, b""
         window = max(1, WINDOW_BYTES // self.layout.block_bytes)
         files = self.client.direct_files() if direct else None
         while done < len(hashes):
-            left_s = max(0.0, by - time.monotonic())
-            gpus = self._gpus(targets, shard)
             grant = self._acquire(
                 hashes,
-                left_s,
+                max(0.0, by - time.monotonic()),
                 prefill_tokens_per_s,
                 window,
                 skip=done,
-                gpus=gpus,
-                direct=bool(files),
+                gpus=() if type(targets) is list else self._gpus(targets, shard),
+                direct=files is not None,
             )
-            good = 0
+            good, then = 0, self._epochs(grant.session, grant.places) if few else None
             if files is not None and grant.beside:
                 good = out.direct(grant, hashes, done, files, by)
             elif grant.length and out.all(grant, done):
                 good = grant.length
+                self._seen(grant.session, hashes[done : done + good], grant.places, then)
             done += good
-            tiers += grant.tiers_of(good)
+            found += grant.in_tiers[:good]
             if files is not None and (good < grant.length or grant.stop == "pending"):
                 files = None  # the daemon loads the rest, and sees what is wrong with it
-            elif good < grant.length or grant.stop not in ("pending", "no_room") or not good:
+            elif not 0 < good == grant.length or grant.stop not in ("pending", "no_room"):
                 break
-        return GetResult(done, tiers, time.monotonic() - started)
+        return GetResult(done, count_tiers(found), time.monotonic() - started)
 
     def reserve(
         self,
@@ -257,6 +234,50 @@ class Cache:
 
     # -- inside --------------------------------------------------------------------------------
 
+    def _few(self, hashes: Sequence[bytes]) -> bool:
+        """Whether it pays to read these again where they were."""
+        return 0 < len(hashes) <= FEW and len(hashes) * self.layout.block_bytes <= FEW_BYTES
+
+    def _epochs(self, session: Session, places: Places) -> list[int] | None:
+        """Of slots under a lease that holds now."""
+        return session.epochs.of(places.offsets) if session.epochs is not None else None
+
+    def _seen(
+        self, session: Session, hashes: Sequence[bytes], places: Places, then: list[int] | None
+    ) -> None:
+        """Blocks were there at these epochs."""
+        if session.epochs is not None and then is not None:
+            self._recall.learn(session.epochs, hashes, places.offsets, then)
+
+    def _get_again(
+        self,
+        hashes: Sequence[bytes],
+        targets: Any,
+        shard: int | None,
+        tokens_per_s: float | None,
+        started: float,
+    ) -> bool:
+        """Copy blocks from where they were seen before; False: they must be asked for."""
+        deadline = started + self.client.timeout_s
+        session = self.client.session(deadline)
+        epochs = session.epochs
+        found = self._recall.find(epochs, hashes)
+        if epochs is None or found is None:
+            return False
+        offsets, then = found
+        Places(session.arena, self.layout, offsets).copy_out(targets, shard)
+        if epochs.of(offsets) != then:
+            return False
+        told = pb.UsedRequest(prefill_tokens_per_s=tokens_per_s or 0.0)
+        self._name(told.keys, hashes, session, deadline)
+        return session.transport.used(told, deadline)
+
+    def _name(self, keys: Any, hashes: Sequence[bytes], session: Session, deadline: float) -> None:
+        """Fill in a request's keys: what is given to a constructor is copied once more."""
+        keys.layout = self._layout_number(session, deadline)
+        keys.hash_bytes = len(hashes[0]) if hashes else 0
+        keys.hashes = b"".join(hashes)
+
     def _wake(self, hashes: Sequence[bytes]) -> None:
         """A request about many blocks is about to be prepared."""
         if len(hashes) >= MANY:
@@ -276,12 +297,8 @@ class Cache:
         deadline = time.monotonic() + max(self.client.timeout_s, wait_s + GRACE_S)
 
         def ask(session: Session) -> tuple[Session, Any]:
-            keys = pb.Keys(
-                layout=self._layout_number(session, deadline),
-                hash_bytes=len(hashes[0]) if hashes else 0,
-                hashes=b"".join(hashes),
-            )
-            sent = request(keys=keys, **fields)
+            sent = request(**fields)
+            self._name(sent.keys, hashes, session, deadline)
             return session, session.transport.call(verb, sent, reply, deadline)
 
         return self.client.attempt(deadline, ask)
@@ -296,6 +313,11 @@ class Cache:
         *,
         skip: int | None = None,
     ) -> tuple[Session, Any]:
+        more: dict[str, Any] = {}
+        if shard is not None:
+            more["shard"] = self._check_shard(shard)
+        if hints:
+            more["hints"] = _hints(hints)
         return self._ask(
             pb.RESERVE,
             pb.ReserveRequest,
@@ -304,16 +326,16 @@ class Cache:
             wait_s,
             parent=parent or b"",
             deadline_s=wait_s,
-            shard=None if shard is None else self._check_shard(shard),
-            hints=_hints(hints) if hints else None,
             again=skip is not None,
             skip=skip or 0,
+            **more,
         )
 
     def _fill(
         self,
         session: Session,
         reply: Any,
+        hashes: Sequence[bytes],
         sources: list[int] | DeviceBuffers,
         new: list[int],
         shard: int | None,
@@ -326,8 +348,12 @@ class Cache:
         try:
             if not isinstance(sources, list):
                 return self._fill_from_device(reservation, places, sources, new, shard, copied_by)
+            few = shard is None and self._few(hashes)
+            epochs = session.epochs if few else None
+            then = epochs.after(places.offsets) if epochs is not None else None
             places.copy_in([sources[at] for at in new], shard, session.transport.wake)
-            reservation.commit()
+            if reservation.commit() == len(new):
+                self._seen(session, [hashes[at] for at in new], places, then)
         except SessionLost:
             raise Unavailable(
                 f"the connection to {self.client.path} has ended: what this call had not committed "
@@ -382,6 +408,9 @@ class Cache:
         poll: bool = False,
         direct: bool = False,
     ) -> Grant:
+        more: dict[str, Any] = {"skip": skip} if skip else {}
+        if gpus or poll or direct:
+            more.update(gpus=gpus, poll=poll, direct=direct)
         session, reply = self._ask(
             pb.ACQUIRE,
             pb.AcquireRequest,
@@ -391,10 +420,7 @@ class Cache:
             deadline_s=wait_s,
             prefill_tokens_per_s=tokens_per_s or 0.0,
             enough=enough,
-            skip=skip,
-            gpus=gpus,
-            poll=poll,
-            direct=direct,
+            **more,
         )
         return Grant(self.client, session, self.layout, reply)
 
@@ -430,10 +456,7 @@ class Cache:
             if self.copier is None:
                 self.copier = cuda.default_copier()
             return cuda.device_buffers(self.copier.platform, buffers, size, writable=writable)
-        return [
-            address_of(buffer, size, f"buffer {at}", writable=writable)
-            for at, buffer in enumerate(buffers)
-        ]
+        return addresses_of(buffers, size, writable=writable)
 
 
 def _wait_s(deadline_s: float) -> float:

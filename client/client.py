@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 from kvstore import paths, types
 from kvstore.client.arena import Arena
 from kvstore.client.cache import Cache
+from kvstore.client.recall import Epochs
 from kvstore.client.wire import Wire
 from kvstore.errors import InvalidRequest, SessionLost, Unavailable
 from kvstore.protos import kvstore_pb2 as pb
@@ -53,6 +54,9 @@ class Transport(Protocol):
 
     def release(self, lease: int, deadline: float) -> bool:
         """See Wire.release."""
+
+    def used(self, request: Any, deadline: float) -> bool:
+        """See Wire.used."""
 
     def settle(self, sessions: Sequence[int], deadline: float) -> None:
         """See Wire.settle."""
@@ -104,6 +108,7 @@ class Session:
         self.transport = transport
         self.attached = attached
         self.arena = arena
+        self.epochs = Epochs.open(attached) if isinstance(transport, Wire) else None
         self.layouts: dict[Layout, int] = {}  # as opened through this connection
         self._writes = 0  # reservations that have not ended
         self._lock = threading.Lock()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kvstore.types import Layout
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class CopyOut:
     """Of one get: where to, which shard, and by when (monotonic) a device must have done it."""
 
@@ -31,10 +31,9 @@ class CopyOut:
 
     def all(self, grant: Grant, first: int) -> bool:
         """Copy a grant to the targets from `first` on, and release it. False: throw it away."""
-        part = slice(first, first + grant.length)
         if isinstance(self.targets, list):
             with grant:
-                grant.places.copy_out(self.targets[part], self.shard)
+                grant.places.copy_out(self.targets[first : first + grant.length], self.shard)
             return grant.release()
         return self._load(grant, grant.places, range(grant.length), first)
 
@@ -87,7 +86,7 @@ class CopyOut:
         size = self.layout.block_bytes if self.shard is None else self.layout.shard_bytes
         if isinstance(targets, list):
             copy_all(
-                (targets[at], address, size) for at, address in zip(to, addresses, strict=True)
+                [(targets[at], address, size) for at, address in zip(to, addresses, strict=True)]
             )
             return True
         assert self.copier is not None, "found with the buffers"

@@ -12,7 +12,7 @@ import ctypes
 import operator
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 Piece = tuple[int, int, int]  # target, source, bytes
@@ -33,11 +33,10 @@ def copy(target: int, source: int, size: int) -> None:
     _memmove(target, source, size)
 
 
-def copy_all(copies: Iterable[Piece], near_end: Callable[[], None] | None = None) -> None:
+def copy_all(copies: Sequence[Piece], near_end: Callable[[], None] | None = None) -> None:
     """Copy, for each of these, so many bytes to a target from a source; shortly before the end of
     what takes a while, call `near_end`, which must be quick and may not raise."""
-    copies = list(copies)
-    size = sum(size for _, _, size in copies)
+    size = sum([size for _, _, size in copies])
     if size < LONG_BYTES:
         _take(iter(copies))
         return

@@ -92,6 +92,10 @@ class FrontDoorWire:
         except KVStoreError:
             return False
 
+    def used(self, request: Any, deadline: float) -> bool:
+        """See Wire.used; this door takes no such message."""
+        return False
+
     def whole(self) -> bool:
         """See Wire.whole; here it is known once the stream has ended."""
         return self.dead is None

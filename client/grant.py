@@ -35,16 +35,13 @@ class Grant:
         self._reply = reply
         self._lease: int = reply.lease
         self._held: bool | None = None if self._lease else True
+        self._places: Places | None = None
         self.length: int = reply.length
 
     @functools.cached_property
     def tiers(self) -> Counter[str]:
         """How many blocks were found in which tier."""
         return count_tiers(self._reply.tiers)
-
-    def tiers_of(self, count: int) -> Counter[str]:
-        """The same of so many leading blocks."""
-        return self.tiers if count == self.length else count_tiers(self._reply.tiers[:count])
 
     @property
     def in_tiers(self) -> bytes:
@@ -78,10 +75,12 @@ class Grant:
             return [None] * (self.length * self._layout.shards)
         return [None if offset == NO_COPY else offset for offset in found]
 
-    @functools.cached_property
+    @property
     def places(self) -> Places:
         """Where the blocks are."""
-        return Places(self.session.arena, self._layout, self._reply.offsets)
+        if self._places is None:
+            self._places = Places(self.session.arena, self._layout, self._reply.offsets)
+        return self._places
 
     def __enter__(self) -> Grant:
         return self
@@ -124,6 +123,8 @@ class Grant:
 
 def count_tiers(packed: bytes) -> Counter[str]:
     """How many blocks each tier has, from one byte per block."""
+    if len(packed) == 1:
+        return Counter((TIERS[packed[0]],))
     counts: Counter[str] = Counter()
     for number, name in enumerate(TIERS):
         if count := packed.count(number):

@@ -27,7 +27,7 @@ class Extent:
 class Places:
     """The places of a lease's blocks in one arena. Views are void once the lease has ended."""
 
-    def __init__(self, arena: Arena, layout: Layout, offsets: bytes) -> None:
+    def __init__(self, arena: Arena, layout: Layout, offsets: bytes | Sequence[int]) -> None:
         self.arena = arena
         self.layout = layout
         self.offsets = array("Q", offsets)
@@ -70,12 +70,13 @@ class Places:
     ) -> None:
         """Fill the blocks, or one shard of each, from these addresses. See `copy_all`."""
         base, runs = self.arena.address, self._runs(sources, shard)
-        copy_all(((base + start, source, size) for start, source, size in runs), near_end)
+        copy_all([(base + start, source, size) for start, source, size in runs], near_end)
 
     def copy_out(self, targets: Sequence[int], shard: int | None) -> None:
         """Copy the blocks, or one shard of each, to these addresses."""
         base = self.arena.address
-        copy_all((target, base + start, size) for start, target, size in self._runs(targets, shard))
+        runs = self._runs(targets, shard)
+        copy_all([(target, base + start, size) for start, target, size in runs])
 
     def _runs(self, addresses: Sequence[int], shard: int | None) -> Iterable[tuple[int, int, int]]:
         """Copies to be made: neighbours on both sides go as one."""

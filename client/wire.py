@@ -41,7 +41,7 @@ from kvstore.spin import Spin
 
 HEADER = struct.Struct("<IBBHI")
 AFTER_LENGTH = HEADER.size - 4
-READ_BYTES = 256 << 10
+READ_BYTES, MORE_BYTES = 64 << 10, 256 << 10  # at once, and of what is known to be large
 NO_ANSWER = 0  # the number of requests that the daemon does not answer
 SPIN_S = 0.0003
 AWAKE_S = 0.0002  # the daemon is, after an answer
@@ -159,10 +159,15 @@ class Wire:
         """End a read lease; whether it held until now.
 
         Nobody waits for an answer. The daemon takes a lease back only by ending the session, and
-        closes the connection before it gives the slots away: if the connection is whole after the
-        copy was made, so is the copy.
+        closes its connections before it gives the slots away: if the connection takes a request
+        after the copy was made, the copy is whole.
         """
         return self._tell(pb.RELEASE, pb.ReleaseRequest(lease=lease), deadline)
+
+    def used(self, request: Any, deadline: float) -> bool:
+        """Tell the daemon of blocks that were read again without asking; whether the connection is
+        whole, so that there has been no other daemon meanwhile."""
+        return self._tell(pb.USED, request, deadline)
 
     def settle(self, sessions: Sequence[int], deadline: float) -> None:
         """Say of sessions that have ended that nothing they were given is written any more."""
@@ -200,9 +205,8 @@ class Wire:
                 return False
             self._users += 1  # the socket stays open
         try:
-            whole = self._whole()
-            self._send(frame, deadline)
-            return whole
+            self._send(frame, deadline)  # which fails once the other side is closed
+            return True
         except KVStoreError:
             self.close("the end of a lease could not be sent")
             return False
@@ -335,7 +339,7 @@ class Wire:
         if not self._readable(deadline):
             raise self._late("to answer")
         try:
-            data = self._socket.recv(READ_BYTES)
+            data = self._socket.recv(MORE_BYTES if self._received else READ_BYTES)
             if not data:
                 raise self._lost(None)
             self._take(self._received + data if self._received else data)

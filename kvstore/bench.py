@@ -330,7 +330,7 @@ def _push_out(other: Cache, buffers: Buffers, count: int) -> None:
 
 
 def _wait_spilled(client: Client) -> None:
-    """Until no spill is under way or due; without asking again and again, which costs the daemon."""
+    """Until no spill is under way or due; to ask again and again would cost the daemon."""
     client.drain()
 
 

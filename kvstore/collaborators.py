@@ -20,7 +20,8 @@ class Hands(Protocol):
         """Queue moves; their outcomes come back through `Service.finished`."""
 
     def mark(self, store: Store, pages: Iterable[int]) -> None:
-        """Bring the slot table's records of these DRAM pages up to date."""
+        """Bring the slot table's records of these DRAM pages up to date, and end the epochs of
+        slots whose blocks have gone: before anything else is written there."""
 
     def touch(self, store: Store, pages: Sequence[int]) -> None:
         """Note in the slot table that these DRAM pages were used."""
@@ -55,6 +56,7 @@ class ServiceInfo:
     arena_inode: int
     gpus: Sequence[tuple[str, int, bytes]] = ()  # of each: PCI address, bytes, handle
     nvme: NvmePlaces | None = None
+    epochs: tuple[str, int] | None = None  # path and inode
 
 
 class Doors(Protocol):

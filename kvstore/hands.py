@@ -19,6 +19,7 @@ from kvstore.mover import Mover
 from kvstore.orders import IndexPut, Move, Outcome
 from kvstore.slots import NOBODY
 from kvstore.store import Store
+from kvstore.tiers.epochs import Epochs
 from kvstore.tiers.slot_table import COMMITTED, SlotTable
 from kvstore.types import SLOT_ALIGNMENT, Layout
 
@@ -33,9 +34,10 @@ class Hands:
     """Carries out orders. Without an NVMe tier there is no index, and nothing to put in it; so it
     is while the tier cannot be opened."""
 
-    def __init__(self, table: SlotTable, notes: Notes) -> None:
+    def __init__(self, table: SlotTable, notes: Notes, epochs: Epochs | None = None) -> None:
         self.mover: Mover | None = None
         self._table = table
+        self._epochs = epochs
         self._notes = notes
         self._problem = ""
         self._index: Index | None = None
@@ -52,15 +54,19 @@ class Hands:
         self.mover.submit(moves)
 
     def mark(self, store: Store, pages: Iterable[int]) -> None:
-        """Write the slot table's records of these DRAM pages as the catalog has them now."""
+        """Write the slot table's records of these DRAM pages as the catalog has them now; epochs
+        end where no block can be read any more."""
         table, slots, catalog = self._table, store.room.dram, store.catalog
         writing: list[tuple[int, int, bytes]] = []
         for page in pages:
+            block = slots.owner(page)
+            if self._epochs is not None:
+                there = block != NOBODY and catalog.flags[block] & READY
+                (self._epochs.begin if there else self._epochs.end)(page)
             slab = slots.slab_of(page)
             size = slots.slot_size(slab)
             if size and table.slot_bytes[slab] != size and not self._assign(slab, size):
                 continue
-            block = slots.owner(page)
             offset = page * SLOT_ALIGNMENT
             if block == NOBODY:
                 # The slab may have slots of another size by now, and what is left at its end none.

@@ -39,7 +39,7 @@ OK, ERROR = 0, 1
 NO_ANSWER = 0  # the number of requests whose answer nobody waits for
 FRAME_BYTES_MAX = 8 << 20  # 65,536 hashes of 64 bytes, and room
 UNSENT_BYTES_MAX = 4 << 20  # a client that does not read its answers is cut off
-READ_BYTES = 256 << 10
+READ_BYTES, MORE_BYTES = 64 << 10, 256 << 10  # at once, and of what is known to be large
 ATTACH_S = 10.0  # a connection that has not attached by then is closed
 UNATTACHED_MAX = 64  # connections beyond the number of sessions that may be
 ENDING_S = 0.5  # for what a process had sent before it ended
@@ -240,7 +240,7 @@ class Connection:
         """Whether something came."""
         assert self._socket is not None
         try:
-            data = self._socket.recv(READ_BYTES)
+            data = self._socket.recv(MORE_BYTES if self._received else READ_BYTES)
         except BlockingIOError:
             if self._ending:
                 self.close("its process has ended")

@@ -100,7 +100,7 @@ class Learning:
         if self.notes:  # they name rows, which must not be somebody else's before
             return True
         room = self.placement.room
-        if self.catalog.ghosts:
+        if len(self.catalog.ghosts) > GHOSTS_MIN:
             self.catalog.forget_ghosts(self._ghosts_max())
         if dropped := self.catalog.recycle():
             room.family.drop(dropped)

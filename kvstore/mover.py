@@ -31,9 +31,10 @@ class Mover:
 
     Spills and checks may occupy three quarters of the workers, so that a load never waits for a
     slow write to end, and one more than there are processors: each takes one for its checksum, and
-    beyond that they are in each other's way, and the loop's. One worker more does only what needs no device: while the device hangs, what
-    is in DRAM can still be proved. Copies to GPUs have a worker for themselves, which the others
-    know nothing of. The queue is bounded by whoever orders: the store has a bound on each kind.
+    beyond that they are in each other's way, and the loop's. One worker more does only what needs
+    no device: while the device hangs, what is in DRAM can still be proved. Copies to GPUs have a
+    worker for themselves, which the others know nothing of. The queue is bounded by whoever orders:
+    the store has a bound on each kind.
     """
 
     def __init__(

@@ -138,6 +138,22 @@ class Reads:
         self._let_go(lease)
         return True
 
+    def used(
+        self, session: Session, entry: LayoutEntry, keys: Sequence[bytes], tokens_per_s: float
+    ) -> None:
+        """The session has read these blocks in DRAM again without asking. All count as hits; those
+        that have left by now teach nothing more."""
+        lease = ReadLease(self.sessions.next_number(), session, entry)
+        lease.keys, lease.asked, lease.ready = keys, len(keys), len(keys)
+        lease.tiers = bytes([DRAM]) * len(keys)
+        lease.tokens_per_s = tokens_per_s
+        self._count(lease)
+        lease.blocks, _ = self._resident(entry, keys)
+        lease.ready = lease.asked = len(lease.blocks)
+        lease.keys = keys[: lease.ready]
+        if lease.blocks:
+            self._note(lease)
+
     def finished(self, move: Move, outcome: Outcome, now: float) -> None:
         """A move has ended: leases that waited for its block go on, or end before it."""
         block = move.block

@@ -46,7 +46,7 @@ from kvstore.verification import Verification
 from kvstore.writes import REFUSED, Reserved
 
 Answer = Callable[[Any], None]
-READ_VERBS = frozenset((pb.LOOKUP, pb.ACQUIRE, pb.RELEASE))
+READ_VERBS = frozenset((pb.LOOKUP, pb.ACQUIRE, pb.RELEASE, pb.USED))
 PUT_OFF_MAX = 32  # requests of which the policies are told later
 
 log = structlog.get_logger()
@@ -87,6 +87,7 @@ class Service:
             pb.ABORT: (self._abort, pb.AbortRequest),
             pb.ACQUIRE: (self._acquire, pb.AcquireRequest),
             pb.RELEASE: (self._release, pb.ReleaseRequest),
+            pb.USED: (self._used, pb.UsedRequest),
             pb.PREFETCH: (self._prefetch, pb.PrefetchRequest),
             pb.RETAIN: (self._retain, pb.RetainRequest),
             pb.FORGET: (self._forget, pb.ForgetRequest),
@@ -137,6 +138,8 @@ class Service:
             token=session.token,
             gpus=[pb.GpuArena(bus=bus, bytes=size, handle=held) for bus, size, held in info.gpus],
             nvme=pb.NvmeFiles(**dataclasses.asdict(info.nvme)) if info.nvme else None,
+            epochs_path=info.epochs[0] if info.epochs else "",
+            epochs_inode=info.epochs[1] if info.epochs else 0,
         )
 
     def detach(self, session: Session) -> list[int]:
@@ -176,7 +179,7 @@ class Service:
         if self.store.undigested and verb not in READ_VERBS:
             self.settle()  # it may depend on what was asked before
         reply = handler(session, request, answer)
-        if verb == pb.RESERVE or verb == pb.COMMIT:
+        if verb not in READ_VERBS:
             self._carry_out()  # the slot table must say so before the client hears of it
         return reply
 
@@ -280,6 +283,13 @@ class Service:
     def _release(self, session: Session, request: Any, answer: Answer) -> Any:
         self.requests["release"] += 1
         return pb.ReleaseReply(held=self.store.release(session, request.lease))
+
+    def _used(self, session: Session, request: Any, answer: Answer) -> Any:
+        started = time.perf_counter()
+        self.requests.update(("used", "acquire", "release"))  # it stands for them
+        entry, keys = self._keys(request.keys)
+        self.store.used(session, entry, keys, request.prefill_tokens_per_s)
+        self.store.counters.dram.latency.record(time.perf_counter() - started)
 
     def _prefetch(self, session: Session, request: Any, answer: Answer) -> Any:
         self.requests["prefetch"] += 1
@@ -424,38 +434,37 @@ class Service:
     def _reserved(self, request: Any, reserved: Reserved) -> Any:
         if not (request.again and reserved.lease):
             self.store.counters.refused += reserved.status.count(REFUSED)
-        offsets = array("Q", [page * SLOT_ALIGNMENT for page in reserved.pages])
         return pb.ReserveReply(
             lease=reserved.lease.number if reserved.lease else 0,
             status=reserved.status,
-            offsets=offsets.tobytes(),
+            offsets=array("Q", [page * SLOT_ALIGNMENT for page in reserved.pages]).tobytes(),
         )
 
     def _grant(self, lease: ReadLease) -> Any:
-        catalog, beside = self.store.catalog, lease.beside()
+        catalog, placement = self.store.catalog, self.store.placement
         dram = catalog.dram
         offsets = [dram[block] << 12 for block in lease.blocks]
-        if held := set(lease.held):
+        reply = pb.AcquireReply(
+            lease=lease.number if offsets else 0,
+            length=len(offsets),
+            tiers=lease.tiers,
+            stop=lease.stop,  # type: ignore[arg-type]  # its number
+            copies=placement.mirror.offsets(lease),
+        )
+        if lease.held:
+            held = set(lease.held)
             offsets = [
                 NO_OFFSET if block in held else offset
                 for block, offset in zip(lease.blocks, offsets, strict=True)
             ]
-        placement = self.store.placement
-        rate = placement.load_bytes_per_s
-        estimate = lease.entry.slot_bytes * max(1, placement.loads) / rate if rate else 0.0
-        return pb.AcquireReply(
-            lease=lease.number if lease.blocks else 0,
-            length=len(lease.blocks),
-            tiers=lease.tiers,
-            offsets=array("Q", offsets).tobytes(),
-            stop=lease.stop,  # type: ignore[arg-type]  # its number
-            estimate_s=estimate,
-            copies=placement.mirror.offsets(lease),
-            beside=b"".join(
+            reply.beside = b"".join(
                 (catalog.nvme[block] << 12).to_bytes(8, "little") + (catalog.sums[block] or b"")
-                for block in beside
-            ),
-        )
+                for block in lease.beside()
+            )
+        reply.offsets = array("Q", offsets).tobytes()
+        if lease.stop and (rate := placement.load_bytes_per_s):
+            reply.estimate_s = lease.entry.slot_bytes * max(1, placement.loads) / rate
+        return reply
 
     def _acquire_late(self, lease: ReadLease) -> None:
         """The deadline of an acquire has come."""

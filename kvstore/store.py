@@ -62,6 +62,7 @@ class Store:
         self.abort = self._writes.abort
         self.acquire = self._reads.acquire
         self.release = self._reads.release
+        self.used = self._reads.used
         self.cut = self._reads.cut
 
     @property

@@ -35,6 +35,7 @@ from kvstore.policies import FAMILIES
 from kvstore.processes import Processes
 from kvstore.service import Service
 from kvstore.store import Store
+from kvstore.tiers.epochs import Epochs
 from kvstore.tiers.hbm import Gpu, HbmArena
 from kvstore.tiers.nvme import HEADER_BYTES
 from kvstore.turns import Share, Turns
@@ -48,6 +49,9 @@ log = structlog.get_logger()
 
 class Tenant:
     """A tenant of the running daemon: create it on the event loop, `start` it, `stop` it."""
+
+    _hatch: Hatch | None = None
+    _front_door: FrontDoor | None = None
 
     def __init__(
         self,
@@ -87,7 +91,8 @@ class Tenant:
         self._gpus = _gpu_arenas(config, name)
         self.store = self._make_store(nvme_bytes)
         self._disk: Disk | None = None
-        self._hands = Hands(self._table, estate.notes)
+        self._epochs = self._make_epochs(self._run_dir if config.dram.hugepages else folder)
+        self._hands = Hands(self._table, estate.notes, self._epochs)
         info = ServiceInfo(
             name,
             version,
@@ -96,6 +101,7 @@ class Tenant:
             self._arena.capacity_bytes,
             self._arena.inode,
             [(one.gpu.bus, one.capacity_bytes, one.handle) for one in self._gpus],
+            epochs=(str(self._epochs.path), self._epochs.inode) if self._epochs else None,
         )
         self.service = Service(self.store, self._hands, info, document, config.limits.keys_per_call)
         self._mover = self._start_mover(nvme_bytes, slab_bytes)
@@ -107,8 +113,6 @@ class Tenant:
             self._processes.inherit(adopt_dram(self.store, estate, name, self._loop.time()))
             self.service.settle()
         self.service.doors = self
-        self._hatch: Hatch | None = None
-        self._front_door: FrontDoor | None = None
 
     def _make_store(self, nvme_bytes: int) -> Store:
         config = self._config
@@ -131,6 +135,14 @@ class Tenant:
         if nvme_bytes + config.slab_bytes <= config.nvme.size:
             store.room.reasons[NVME] = "quota"
         return store
+
+    def _make_epochs(self, folder: Path) -> Epochs | None:
+        """Without them clients ask before every read."""
+        try:
+            return Epochs.create(folder / "epochs", self._arena.capacity_bytes, gid=self._gid)
+        except OSError as error:
+            log.warning("no epochs", tenant=self.name, problem=str(error))
+            return None
 
     async def start(self) -> None:
         """Open the doors."""
@@ -233,6 +245,8 @@ class Tenant:
         if left or not clean:
             log.warning("stopped before all blocks were written", tenant=self.name, left=left)
         self._table.close()
+        if self._epochs is not None:
+            self._epochs.close()
         if self._guard is not None:
             sigbus.unguard(self._guard)
         self._arena.close()

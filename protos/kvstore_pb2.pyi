@@ -27,6 +27,7 @@ class Verb(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DRAIN: _ClassVar[Verb]
     TRACE: _ClassVar[Verb]
     WAKE: _ClassVar[Verb]
+    USED: _ClassVar[Verb]
 VERB_UNSPECIFIED: Verb
 ATTACH: Verb
 OPEN: Verb
@@ -46,6 +47,7 @@ SETTLE: Verb
 DRAIN: Verb
 TRACE: Verb
 WAKE: Verb
+USED: Verb
 
 class ErrorReply(_message.Message):
     __slots__ = ("error", "message")
@@ -70,7 +72,7 @@ class AttachRequest(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., client: _Optional[str] = ..., pid: _Optional[int] = ..., join: _Optional[int] = ..., token: _Optional[bytes] = ...) -> None: ...
 
 class AttachReply(_message.Message):
-    __slots__ = ("protocol", "version", "tenant", "generation", "token", "arena_path", "arena_bytes", "arena_inode", "keys_max", "leases_max", "session", "gpus", "nvme")
+    __slots__ = ("protocol", "version", "tenant", "generation", "token", "arena_path", "arena_bytes", "arena_inode", "keys_max", "leases_max", "session", "gpus", "nvme", "epochs_path", "epochs_inode")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
@@ -84,6 +86,8 @@ class AttachReply(_message.Message):
     SESSION_FIELD_NUMBER: _ClassVar[int]
     GPUS_FIELD_NUMBER: _ClassVar[int]
     NVME_FIELD_NUMBER: _ClassVar[int]
+    EPOCHS_PATH_FIELD_NUMBER: _ClassVar[int]
+    EPOCHS_INODE_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     version: str
     tenant: str
@@ -97,7 +101,9 @@ class AttachReply(_message.Message):
     session: int
     gpus: _containers.RepeatedCompositeFieldContainer[GpuArena]
     nvme: NvmeFiles
-    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., tenant: _Optional[str] = ..., generation: _Optional[int] = ..., token: _Optional[bytes] = ..., arena_path: _Optional[str] = ..., arena_bytes: _Optional[int] = ..., arena_inode: _Optional[int] = ..., keys_max: _Optional[int] = ..., leases_max: _Optional[int] = ..., session: _Optional[int] = ..., gpus: _Optional[_Iterable[_Union[GpuArena, _Mapping]]] = ..., nvme: _Optional[_Union[NvmeFiles, _Mapping]] = ...) -> None: ...
+    epochs_path: str
+    epochs_inode: int
+    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., tenant: _Optional[str] = ..., generation: _Optional[int] = ..., token: _Optional[bytes] = ..., arena_path: _Optional[str] = ..., arena_bytes: _Optional[int] = ..., arena_inode: _Optional[int] = ..., keys_max: _Optional[int] = ..., leases_max: _Optional[int] = ..., session: _Optional[int] = ..., gpus: _Optional[_Iterable[_Union[GpuArena, _Mapping]]] = ..., nvme: _Optional[_Union[NvmeFiles, _Mapping]] = ..., epochs_path: _Optional[str] = ..., epochs_inode: _Optional[int] = ...) -> None: ...
 
 class NvmeFiles(_message.Message):
     __slots__ = ("paths", "slab_bytes", "header_bytes", "engine", "sums")
@@ -316,6 +322,14 @@ class ReleaseReply(_message.Message):
     HELD_FIELD_NUMBER: _ClassVar[int]
     held: bool
     def __init__(self, held: bool = ...) -> None: ...
+
+class UsedRequest(_message.Message):
+    __slots__ = ("keys", "prefill_tokens_per_s")
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    keys: Keys
+    prefill_tokens_per_s: float
+    def __init__(self, keys: _Optional[_Union[Keys, _Mapping]] = ..., prefill_tokens_per_s: _Optional[float] = ...) -> None: ...
 
 class PrefetchRequest(_message.Message):
     __slots__ = ("keys",)
