@@ -188,9 +188,10 @@ class Connection:
         session = self._session
         if self._joined and not whole_session:
             return
+        # First all its connections: who finds his own whole believes that his leases held.
+        self._hatch.end(session.number, "its session has ended")
         if self._service.store.sessions.get(session.number) is session:
             self._hatch.processes.ended(session.number, self._service.detach(session))
-        self._hatch.end(session.number, "its session has ended")
 
     def _process_ended(self) -> None:
         """A child that it forked may hold the connection open: the session ends all the same."""

@@ -9,7 +9,7 @@ from kvstore.limits import Limits
 from kvstore.orders import MoveKind
 from kvstore.reads import ABSENT, END
 from kvstore.writes import NEW, PRESENT, REFUSED
-from tests.brain.desk import Desk, keys
+from tests.brain.desk import PAGE, Desk, keys
 
 SPILL = MoveKind.SPILL
 
@@ -88,6 +88,29 @@ def test_the_coldest_leaf_leaves_first() -> None:
     desk.touch(entry, 1, 2)
     desk.put(entry, 5)
     assert desk.tiers(entry, 1, 2, 3, 4, 5) == [1, 1, 1, 0, 1]
+
+
+def test_blocks_read_again_without_asking_count_and_teach() -> None:
+    desk = Desk()
+    entry = desk.layout()
+    desk.put(entry, 1, 2)
+    desk.put(entry, 3, 4)
+    desk.store.used(desk.client, entry, keys(1, 2), 160.0)
+    desk.store.digest(desk.now)
+    counters = desk.counters
+    assert (counters.asked, counters.hit, counters.miss) == (2, 2, 0)
+    assert (counters.dram.hits, counters.dram.read_bytes) == (2, 2 * PAGE)
+    assert (counters.saved_tokens, counters.saved_prefill_s) == (32, 0.2)
+    assert not desk.client.leases
+    desk.put(entry, 5)
+    assert desk.tiers(entry, 1, 2, 3, 4, 5) == [1, 1, 1, 0, 1]
+    # What has left since it was read was read all the same.
+    desk.store.forget(entry, keys(2))
+    desk.store.used(desk.client, entry, keys(1, 2), 0.0)
+    desk.store.used(desk.client, entry, keys(2), 0.0)
+    desk.store.digest(desk.now)
+    assert (counters.asked, counters.hit, counters.miss) == (5, 5, 0)
+    desk.store.check()
 
 
 def test_dram_full_of_leases_refuses_at_once() -> None:

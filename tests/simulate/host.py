@@ -122,13 +122,13 @@ class Daemon:
 
     def detach(self, session: Session) -> None:
         """The end of a session, as the hatch carries it out."""
+        self.end(session.number)
         if self.store.sessions.get(session.number) is not session:
             return
         blocks = self.service.detach(session)
         if blocks:
             self.world.marks["quarantined"] += 1
         self.processes.ended(session.number, blocks)
-        self.end(session.number)
 
     # What the service asks of the doors.
 

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.tiers import epochs as module
 from kvstore.tiers.base import ALIGNMENT
 from kvstore.tiers.epochs import EPOCH_BYTES, Epochs
 
@@ -101,7 +100,7 @@ def test_no_room_is_an_error_that_names_the_file(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module.os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match="epochs") as raised:
         Epochs.create(tmp_path / "epochs", ALIGNMENT)
     assert raised.value.errno == errno.ENOSPC
