@@ -123,10 +123,7 @@ class Grant:
 
 def count_tiers(packed: bytes) -> Counter[str]:
     """How many blocks each tier has, from one byte per block."""
-    if len(packed) == 1:
-        return Counter((TIERS[packed[0]],))
     counts: Counter[str] = Counter()
-    for number, name in enumerate(TIERS):
-        if count := packed.count(number):
-            counts[name] = count
+    for number in set(packed):
+        counts[TIERS[number]] = packed.count(number)
     return counts

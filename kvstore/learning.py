@@ -21,6 +21,7 @@ from kvstore.types import DRAM, NVME
 
 GOING_ON_MAX = 4_096  # requests of which more may come
 ROOT = -1
+NOTES_MAX, NOTED_BLOCKS_MAX = 32, 2_048  # a block takes about 1.5 us
 GHOSTS_MIN, GHOSTS_MAX = 1_024, 500_000
 
 
@@ -79,6 +80,7 @@ class Learning:
         self.placement = placement
         self.catalog = placement.catalog
         self.notes: list[ReadLease | Offer] = []
+        self.blocks = 0  # that these are about
         self.observers: list[Observer] = []
         self._family = placement.room.family
         # By the place where they go on.
@@ -87,12 +89,20 @@ class Learning:
     def note(self, note: ReadLease | Offer) -> None:
         """Something was answered."""
         self.notes.append(note)
+        self.blocks += len(note.keys)
+
+    @property
+    def behind(self) -> bool:
+        """Whether there are more notes than should wait: what cannot be done before all of them
+        are digested waits for some milliseconds then."""
+        return len(self.notes) > NOTES_MAX or self.blocks > NOTED_BLOCKS_MAX
 
     def digest(self, now: float, most: int | None = None) -> bool:
         """Done after answering, never before; `most` notes, the oldest ones. Whether there was
         anything."""
         notes, self.notes = self.notes[:most], [] if most is None else self.notes[most:]
         for note in notes:
+            self.blocks -= len(note.keys)
             if isinstance(note, ReadLease):
                 self._asked(note, now)
             else:

@@ -47,7 +47,6 @@ from kvstore.writes import REFUSED, Reserved
 
 Answer = Callable[[Any], None]
 READ_VERBS = frozenset((pb.LOOKUP, pb.ACQUIRE, pb.RELEASE, pb.USED))
-PUT_OFF_MAX = 32  # requests of which the policies are told later
 
 log = structlog.get_logger()
 
@@ -195,7 +194,7 @@ class Service:
     def _settle_soon(self, *, may_wait: bool) -> None:
         """As `settle`; what may wait is done a piece at a time, where there are quiet moments."""
         if may_wait and self.later(self._settle_one):
-            if self.store.undigested > PUT_OFF_MAX:
+            if self.store.behind:
                 self._settle_one()
             self._carry_out()
         else:

@@ -202,6 +202,11 @@ class Store:
         """Accesses of which the policies have not been told."""
         return len(self._learning.notes)
 
+    @property
+    def behind(self) -> bool:
+        """Whether those are so many that some had better be told now."""
+        return self._learning.behind
+
     def tick(self, now: float) -> None:
         """Time has passed: probe what is fenced, go on with what a budget held back."""
         if self.placement.health.take_probe(now):
