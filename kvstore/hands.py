@@ -171,8 +171,10 @@ class Door:
         ended: list[Ended] = []
         while self._ended and len(ended) < AT_ONCE:
             ended.append(self._ended.popleft())
-        if self._ended and not self._woken:  # the others in the next round, behind who asks now
-            self._woken = True
-            self._loop.call_soon(self._drain)
-        if ended:
-            self._take(ended)
+        try:
+            if ended:
+                self._take(ended)
+        finally:
+            if self._ended and not self._woken:  # in the next round, behind who asks meanwhile
+                self._woken = True
+                self._loop.call_soon(self._drain)
