@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,8 @@ class Cache:
         self.client = client
         self.layout = layout
         self.copier: Copier | None = None  # of CUDA buffers; None: that of the process
-        self._number: tuple[Session, int] | None = None  # of the layout, on that session
+        # Of the layout, on that session. Its arena may be gone: nothing here keeps it.
+        self._number: tuple[weakref.ref[Session], int] | None = None
         self._recall = Recall()
 
     def lookup(self, hashes: Sequence[bytes]) -> Match:
@@ -270,7 +272,7 @@ class Cache:
             return False
         told = pb.UsedRequest(prefill_tokens_per_s=tokens_per_s or 0.0)
         self._name(told.keys, hashes, session, deadline)
-        return session.transport.used(told, deadline)
+        return session.transport.used(told)
 
     def _name(self, keys: Any, hashes: Sequence[bytes], session: Session, deadline: float) -> None:
         """Fill in a request's keys: what is given to a constructor is copied once more."""
@@ -426,10 +428,10 @@ class Cache:
 
     def _layout_number(self, session: Session, deadline: float) -> int:
         known = self._number
-        if known is not None and known[0] is session:
+        if known is not None and known[0]() is session:
             return known[1]
         number = self.client.layout_number(self.layout, session, deadline)
-        self._number = session, number
+        self._number = weakref.ref(session), number
         return number
 
     def _check_shard(self, shard: int) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import mmap
 import os
 import platform
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,19 +69,20 @@ class Recall:
 
     def __init__(self) -> None:
         # Whose epochs, and for each hash where it was, and when. Replaced together.
-        self._seen: tuple[Epochs | None, dict[bytes, tuple[int, int]]] = None, {}
+        self._seen: tuple[weakref.ref[Epochs] | None, dict[bytes, tuple[int, int]]] = None, {}
 
     def learn(
         self, epochs: Epochs, hashes: Sequence[bytes], offsets: Sequence[int], then: Sequence[int]
     ) -> None:
         """These blocks were there at these epochs, which were read while a lease held. Odd ones are
         of blocks that were forgotten meanwhile: nobody may read those again."""
-        seen = self._seen
-        if seen[0] is not epochs or len(seen[1]) > KNOWN_MAX:
-            seen = self._seen = epochs, {}
+        whose, known = self._seen
+        if whose is None or whose() is not epochs or len(known) > KNOWN_MAX:
+            known = {}
+            self._seen = weakref.ref(epochs), known
         for key, offset, epoch in zip(hashes, offsets, then, strict=True):
             if not epoch & 1:
-                seen[1][key] = offset, epoch
+                known[key] = offset, epoch
 
     def find(
         self, epochs: Epochs | None, hashes: Sequence[bytes]
@@ -88,7 +90,7 @@ class Recall:
         """Where all these blocks were seen, and at which epochs; None unless these are the epochs
         now."""
         whose, known = self._seen
-        if epochs is None or whose is not epochs:
+        if epochs is None or whose is None or whose() is not epochs:
             return None
         try:
             places = [known[key] for key in hashes]

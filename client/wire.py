@@ -45,6 +45,7 @@ READ_BYTES, MORE_BYTES = 64 << 10, 256 << 10  # at once, and of what is known to
 NO_ANSWER = 0  # the number of requests that the daemon does not answer
 SPIN_S = 0.0003
 AWAKE_S = 0.0002  # the daemon is, after an answer
+TOLD_MAX, TELL_S = 32, 0.001  # reads without asking, until one asks; to tell of one of them
 UNDO_S = 5.0  # for the daemon to take back what a caller that gave up was granted
 ABANDONED_S = 60.0  # a call that was given up and has no answer by then ends the connection
 
@@ -109,6 +110,7 @@ class Wire:
         self._sending = threading.Lock()
         self._received = b""
         self._heard = 0.0  # when something came
+        self._told = 0  # of blocks used, since then
         self.dead: str | None = None
 
     def close(self, why: str = "the client closed it") -> None:
@@ -164,10 +166,17 @@ class Wire:
         """
         return self._tell(pb.RELEASE, pb.ReleaseRequest(lease=lease), deadline)
 
-    def used(self, request: Any, deadline: float) -> bool:
+    def used(self, request: Any) -> bool:
         """Tell the daemon of blocks that were read again without asking; whether the connection is
-        whole, so that there has been no other daemon meanwhile."""
-        return self._tell(pb.USED, request, deadline)
+        whole, so that there has been no other daemon meanwhile.
+
+        Hardly waits. After so many that the daemon has not answered anything in between it is False
+        as well: who asks then goes no faster than the daemon does.
+        """
+        if self._told >= TOLD_MAX:
+            return False
+        self._told += 1
+        return self._tell(pb.USED, request, time.monotonic() + TELL_S, must=False)
 
     def settle(self, sessions: Sequence[int], deadline: float) -> None:
         """Say of sessions that have ended that nothing they were given is written any more."""
@@ -196,8 +205,9 @@ class Wire:
                 self._users -= 1
                 self._close_unused()
 
-    def _tell(self, verb: int, request: Any, deadline: float) -> bool:
-        """Send a request that is not answered; False when the connection has ended by now."""
+    def _tell(self, verb: int, request: Any, deadline: float, *, must: bool = True) -> bool:
+        """Send a request that is not answered; False when the connection has ended by now, as it
+        does when the request cannot be sent and `must` be."""
         body = request.SerializeToString()
         frame = HEADER.pack(AFTER_LENGTH + len(body), verb, 0, 0, NO_ANSWER) + body
         with self._lock:
@@ -208,7 +218,8 @@ class Wire:
             self._send(frame, deadline)  # which fails once the other side is closed
             return True
         except KVStoreError:
-            self.close("the end of a lease could not be sent")
+            if must:
+                self.close("the end of a lease could not be sent")
             return False
         finally:
             with self._lock:
@@ -367,6 +378,7 @@ class Wire:
     def _take(self, data: bytes) -> None:
         """Hand over the answers that are whole, keep the rest."""
         self._heard = time.monotonic()
+        self._told = 0
         at, end = 0, len(data)
         while end - at >= HEADER.size:
             length, _, status, _, number = HEADER.unpack_from(data, at)

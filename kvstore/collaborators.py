@@ -67,3 +67,6 @@ class Doors(Protocol):
 
     def end(self, number: int) -> bool:
         """End a session and its connections; False when there is none of that number."""
+
+    def cut(self, number: int) -> None:
+        """Close the connections that have joined a session, which is about to end."""

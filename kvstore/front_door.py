@@ -144,11 +144,12 @@ class FrontDoor:
             for late in attached.waiting:
                 if not late.done():
                     late.set_result(SessionLost("the session has ended: call Attach again"))
-            # Without a process to watch, what it was writing stays as it is until it says so.
-            self._processes.ended(session.number, self._service.detach(session))
-            log.info("client gone", session=session.number, door="front")
             if self._service.doors is not None:
-                self._service.doors.end(session.number)  # who has joined it
+                self._service.doors.cut(session.number)  # who has joined it
+            # Without a process to watch, what it was writing stays as it is until it says so.
+            if self._service.store.sessions.get(session.number) is session:
+                self._processes.ended(session.number, self._service.detach(session))
+            log.info("client gone", session=session.number, door="front")
 
     def _handler(self, verb: int) -> Any:
         async def handle(request: Any, context: Any) -> Any:

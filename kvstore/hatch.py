@@ -91,10 +91,18 @@ class Hatch:
 
     def end(self, number: int, why: str) -> bool:
         """End a session and all its connections; False when none is of that number."""
+        found = self.cut(number, why)
+        if found:
+            found[0].detach()
+        return bool(found)
+
+    def cut(self, number: int, why: str) -> list[Connection]:
+        """Close all connections of a session, before anything that it held is given away: who finds
+        his own whole after a copy believes that his leases held. Returns them."""
         found = [one for one in self.connections if one.session_number == number]
         for connection in found:
-            connection.close(why, whole_session=True)
-        return bool(found)
+            connection.cut(why)
+        return found
 
     def _listen(self) -> None:
         if self._socket.fileno() >= 0:
@@ -169,9 +177,18 @@ class Connection:
         """Of its session; 0 before it has one."""
         return self._session.number if self._session else 0
 
-    def close(self, why: str, *, whole_session: bool = False) -> None:
+    def close(self, why: str) -> None:
         """End the session, unless this connection has only joined it; what it was writing stays
         quarantined while its processes live."""
+        if self._socket is None:
+            return
+        self.cut(why)
+        if self._session is not None and not self._joined:
+            self._hatch.cut(self._session.number, "its session has ended")
+            self.detach()
+
+    def cut(self, why: str) -> None:
+        """Close the connection and nothing else."""
         if self._socket is None:
             return
         self._attach_timer.cancel()
@@ -183,14 +200,13 @@ class Connection:
         self._hatch.connections.discard(self)
         if self._session is None:
             self._peer.close()
-            return
-        log.info("client gone", session=self._session.number, pid=self._peer.pid, why=why)
+        else:
+            log.info("client gone", session=self._session.number, pid=self._peer.pid, why=why)
+
+    def detach(self) -> None:
+        """End the session, all of whose connections are closed."""
         session = self._session
-        if self._joined and not whole_session:
-            return
-        # First all its connections: who finds his own whole believes that his leases held.
-        self._hatch.end(session.number, "its session has ended")
-        if self._service.store.sessions.get(session.number) is session:
+        if session is not None and self._service.store.sessions.get(session.number) is session:
             self._hatch.processes.ended(session.number, self._service.detach(session))
 
     def _process_ended(self) -> None:

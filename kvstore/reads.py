@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 
 from kvstore.catalog import FRESH, LOADING, READY, STORED, UNPROVEN, WRITING, LayoutEntry
 from kvstore.checksums import SUM_BYTES
+from kvstore.errors import TooLarge
 from kvstore.holdings import Holdings
 from kvstore.leases import ReadLease, Session, Sessions
 from kvstore.orders import Move, MoveKind, Outcome
 from kvstore.placement import Placement
-from kvstore.types import DRAM, HBM, NVME
+from kvstore.types import DRAM, HBM, NVME, USED_KEYS_MAX
 
 # Why a grant ends where it does, as on the wire.
 END, ABSENT, PENDING, LATE, NO_ROOM, TOO_SLOW, FAILED = range(7)
@@ -142,7 +143,9 @@ class Reads:
         self, session: Session, entry: LayoutEntry, keys: Sequence[bytes], tokens_per_s: float
     ) -> None:
         """The session has read these blocks in DRAM again without asking. All count as hits; those
-        that have left by now teach nothing more."""
+        that have left by now teach nothing more. Raises TooLarge for more than anybody would."""
+        if len(keys) > USED_KEYS_MAX:
+            raise TooLarge(f"{len(keys)} keys were used: say it of {USED_KEYS_MAX} at most")
         lease = ReadLease(self.sessions.next_number(), session, entry)
         lease.keys, lease.asked, lease.ready = keys, len(keys), len(keys)
         lease.tiers = bytes([DRAM]) * len(keys)

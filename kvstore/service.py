@@ -47,6 +47,7 @@ from kvstore.writes import REFUSED, Reserved
 
 Answer = Callable[[Any], None]
 READ_VERBS = frozenset((pb.LOOKUP, pb.ACQUIRE, pb.RELEASE, pb.USED))
+MARK_VERBS = frozenset((pb.RESERVE, pb.COMMIT, pb.FORGET, pb.CLEAR))
 
 log = structlog.get_logger()
 
@@ -178,7 +179,7 @@ class Service:
         if self.store.undigested and verb not in READ_VERBS:
             self.settle()  # it may depend on what was asked before
         reply = handler(session, request, answer)
-        if verb not in READ_VERBS:
+        if verb in MARK_VERBS:
             self._carry_out()  # the slot table must say so before the client hears of it
         return reply
 

@@ -180,6 +180,11 @@ class Tenant:
         found = self._hatch is not None and self._hatch.end(number, "an operator ended it")
         return (self._front_door is not None and self._front_door.end(number)) or found
 
+    def cut(self, number: int) -> None:
+        """See Hatch.cut."""
+        if self._hatch is not None:
+            self._hatch.cut(number, "its session has ended")
+
     def reload(self, config: Config) -> None:
         """Take over what a running tenant can take over from a new configuration."""
         placement = self.store.placement
@@ -216,6 +221,8 @@ class Tenant:
         """A client has truncated the arena: nothing in it is served any more, nor adopted later.
         The tenant's blocks on NVMe are kept for the next start; other tenants notice nothing."""
         self._out_of_service = True
+        if self._epochs is not None:
+            self._epochs.end_all()  # to touch what has been cut off is a SIGBUS
         path = self._arena.path
         log.error("arena damaged: tenant out of service", tenant=self.name, path=str(path))
         self.service.refusal = (

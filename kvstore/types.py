@@ -15,6 +15,7 @@ PROTOCOL_VERSION = 1
 HASH_BYTES_MIN = 8
 HASH_BYTES_MAX = 64
 KEYS_PER_CALL_MAX = 65_536
+USED_KEYS_MAX = 64  # that are said to have been read without asking
 SHARDS_MAX = 1_024
 TEXT_BYTES_MAX = 512
 SLOT_ALIGNMENT = 4_096  # the unit of O_DIRECT; slots start and end on it

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import socket
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from kvstore.busy_poll import BusyPoll
 from kvstore.collaborators import ServiceInfo
 from kvstore.eviction.base import Independent
 from kvstore.eviction.lru import LRU
+from kvstore.front_door import FrontDoor
 from kvstore.hatch import AFTER_LENGTH, HEADER, Hatch
 from kvstore.leases import Session
 from kvstore.limits import Limits
@@ -26,13 +29,20 @@ from kvstore.types import MIB, PROTOCOL_VERSION
 
 
 class Nobody:
-    """Processes that are not watched."""
+    """Processes that are not watched, and hands that have nothing to do."""
 
     def joined(self, session: Session, peer: Any) -> None:
         pass
 
     def ended(self, number: int, blocks: list[int]) -> None:
         assert not blocks
+
+
+class Cut:
+    """The doors of a tenant, as far as a session that ends asks for them."""
+
+    def __init__(self, hatch: Hatch) -> None:
+        self.cut = lambda number: hatch.cut(number, "its session has ended")
 
 
 async def attach(path: Path, **join: Any) -> tuple[socket.socket, Any]:
@@ -48,28 +58,35 @@ async def attach(path: Path, **join: Any) -> tuple[socket.socket, Any]:
     return connected, pb.AttachReply.FromString(frame[HEADER.size :])
 
 
-@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("how", ["owner", "operator", "front door"])
+@pytest.mark.parametrize("joins", [2, 60])
 def test_a_session_gives_nothing_away_before_all_its_connections_are_closed(
-    tmp_path: Path, joined: bool
+    tmp_path: Path, how: str, joins: int
 ) -> None:
-    """Of three connections of one session one ends it, its first or one that joined."""
+    """And it ends however many they are."""
 
     async def play() -> list[list[bytes | None]]:
         loop = asyncio.get_running_loop()
         config = PlacementConfig(dram_bytes=MIB, nvme_bytes=0, slab_bytes=MIB)
         store = Store(config, Limits(), Independent(LRU))
-        hands: Any = None
+        nobody: Any = Nobody()
         info = ServiceInfo("default", "0", 1, "arena", MIB, 1)
-        service = Service(store, hands, info, lambda: b"{}")
+        service = Service(store, nobody, info, lambda: b"{}")
         share = Share(loop, Turns(), lambda: store.limits, Counter())
-        processes: Any = Nobody()
         path = tmp_path / "s"
-        hatch = Hatch(
-            service, processes, path, gid=None, busy_poll=BusyPoll(loop, 0.0), share=share
-        )
-        owner, told = await attach(path)
+        hatch = Hatch(service, nobody, path, gid=None, busy_poll=BusyPoll(loop, 0.0), share=share)
+        connected = []
+        if how == "front door":
+            door = FrontDoor(service, nobody, tmp_path / "g", gid=None, share=share)
+            doors: Any = Cut(hatch)
+            service.doors = doors
+            stream: Any = door._attach(pb.AttachRequest(protocol=PROTOCOL_VERSION), None)
+            told = await anext(stream)
+        else:
+            owner, told = await attach(path)
+            connected.append(owner)
         ticket = {"join": told.session, "token": told.token}
-        connected = [owner, *[(await attach(path, **ticket))[0] for _ in range(2)]]
+        connected += [(await attach(path, **ticket))[0] for _ in range(joins)]
         seen, detach = [], service.detach
 
         def look(session: Session) -> list[int]:
@@ -77,15 +94,25 @@ def test_a_session_gives_nothing_away_before_all_its_connections_are_closed(
             return detach(session)
 
         service.detach = look  # type: ignore[method-assign]
-        one = next(c for c in hatch.connections if c._joined == joined)
-        one.close("this test", whole_session=True)
+        before = sys.getrecursionlimit()
+        sys.setrecursionlimit(len(inspect.stack()) + 50)
+        try:
+            if how == "owner":
+                next(one for one in hatch.connections if not one._joined).close("this test")
+            elif how == "operator":
+                hatch.end(told.session, "this test")
+            else:
+                await stream.aclose()
+        finally:
+            sys.setrecursionlimit(before)
         assert not store.sessions.get(told.session) and not hatch.connections
         hatch.close()
         for each in connected:
             each.close()
         return seen
 
-    assert asyncio.run(play()) == [[b"", b"", b""]]
+    [seen] = asyncio.run(play())
+    assert set(seen) == {b""}
 
 
 def _end(one: socket.socket) -> bytes | None:

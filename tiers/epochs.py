@@ -6,8 +6,9 @@ block that is, can read it again without asking: the epoch is looked at before a
 and where it is another one the copy is thrown away. The daemon writes, its clients read.
 
 Format: the file has 4 bytes, little endian, for each page of 4096 bytes of the arena; those of a
-slot are at the page that it starts on, others mean nothing. An epoch is odd while nobody may read,
-goes up only, and wraps round. The file belongs to one life of the daemon; the next makes another.
+slot are at the page that it starts on; others mean nothing, nor do those of slots that nobody has
+been granted yet. An epoch goes up only, and wraps round. The file belongs to one life of the
+daemon; the next ends all epochs in it and makes another.
 
 Assumed of the medium: it is memory that is shared between processes, where stores of one become
 visible to others in the order in which they were made. All room is taken when the file is made.
@@ -19,11 +20,13 @@ import mmap
 import os
 from pathlib import Path
 
+import numpy as np
+
 from kvstore.tiers.base import ALIGNMENT, named
 
 EPOCH_BYTES = 4
 _MASK = (1 << 8 * EPOCH_BYTES) - 1
-_MODE = 0o440  # of the file: the daemon's own descriptor may write, nobody else may
+_MODE = 0o640
 
 
 class Epochs:
@@ -45,6 +48,7 @@ class Epochs:
         scratch = path.with_name(path.name + ".new")
         scratch.unlink(missing_ok=True)
         try:
+            _end_old(path)
             file = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
             try:
                 os.posix_fallocate(file, 0, size)
@@ -68,8 +72,27 @@ class Epochs:
         """There is none: anything may be written there from now on."""
         self._words[page] = (self._words[page] + 1 | 1) & _MASK
 
+    def end_all(self) -> None:
+        """Nothing may be read without asking any more."""
+        words = np.frombuffer(self._map, np.uint32)
+        words[:] = words + 1 | 1
+
     def close(self) -> None:
         """Unmap the file and remove it."""
         self.path.unlink(missing_ok=True)
         self._words.release()
         self._map.close()
+
+
+def _end_old(path: Path) -> None:
+    """Clients of a daemon that has died may still read by the file that it left."""
+    try:
+        file = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return
+    try:
+        size = os.fstat(file).st_size
+        if size:
+            Epochs(path, file, size // EPOCH_BYTES * EPOCH_BYTES).end_all()
+    finally:
+        os.close(file)

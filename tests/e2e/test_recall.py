@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import os
+import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvstore.client import Cache, Client, Layout, recall
+from kvstore.client import Cache, Client, Layout, connect, recall, wire
 from kvstore.client import cache as cache_module
 from kvstore.client.places import Places
-from kvstore.errors import Unavailable
+from kvstore.errors import KVStoreError, Unavailable
 from tests.e2e.conftest import MakeDaemon
-from tests.e2e.harness import MIB, Daemon, content, contents, hashes, layout, targets
+from tests.e2e.harness import (
+    MIB,
+    Daemon,
+    content,
+    contents,
+    hashes,
+    layout,
+    targets,
+    wait_for,
+)
+from tests.soak.children import Child
 
 SIZE = 64 << 10
 ONE = hashes(1, "recall")
@@ -219,6 +233,57 @@ def test_after_a_restart_it_is_asked_for_once(cache: Cache, daemon: Daemon) -> N
     daemon.start()
     assert get(cache, ONE) == get(cache, ONE) == 1
     assert asked(cache.client) == (1, 2)
+
+
+def test_who_is_not_answered_asks(daemon: Daemon) -> None:
+    """Reads that the daemon hears nothing of for now are bounded: a get does not take longer than
+    it may, and the session is none the worse for it."""
+    cache = daemon.client(timeout_s=0.5).open(LAYOUT)
+    put(cache, ONE)
+    put(cache, FEW)
+    session, took = cache.client.session(cache.client.deadline()), list[float]()
+    with cache.acquire(FEW) as grant, daemon.suspended():
+        with pytest.raises(Unavailable):
+            while True:
+                took.append(time.monotonic())
+                assert get(cache, ONE) == 1
+        assert time.monotonic() - took[-1] < 0.9
+    assert len(took) == wire.TOLD_MAX + 1
+    assert get(cache, ONE) == 1
+    assert cache.client.session(cache.client.deadline()) is session and grant.release()
+    assert asked(cache.client)[0] >= wire.TOLD_MAX
+
+
+def test_a_reader_survives_an_arena_that_was_truncated(daemon: Daemon) -> None:
+    """To read what has been cut off ends a process."""
+
+    def engine() -> None:
+        with connect(daemon.socket()) as client:
+            cache = client.open(LAYOUT)
+            put(cache, ONE)
+            assert get(cache, ONE) == 1
+            os.truncate(daemon.arena / "default" / "arena", 0)
+            wait_for(lambda: "tenant out of service" in daemon.log(), "the daemon to notice")
+            with pytest.raises(KVStoreError):
+                get(cache, ONE)
+
+    assert Child(engine).wait() == 0
+
+
+def test_a_cache_keeps_nothing_of_what_is_over(daemon: Daemon) -> None:
+    """Caches that nobody uses any more held on to the arena of the daemon before."""
+    client = daemon.client()
+    caches = [client.open(LAYOUT) for _ in range(4)]
+    put(caches[0], ONE)
+    for cache in caches:
+        assert get(cache, ONE) == get(cache, ONE) == 1
+    before = weakref.ref(client.session(client.deadline()))
+    daemon.kill()
+    daemon.start()
+    assert get(caches[0], ONE) == 1
+    client.settle()
+    gc.collect()
+    assert before() is None
 
 
 def test_epochs_of_another_life_mean_nothing(cache: Cache, daemon: Daemon) -> None:

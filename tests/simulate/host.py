@@ -122,7 +122,7 @@ class Daemon:
 
     def detach(self, session: Session) -> None:
         """The end of a session, as the hatch carries it out."""
-        self.end(session.number)
+        self.cut(session.number)
         if self.store.sessions.get(session.number) is not session:
             return
         blocks = self.service.detach(session)
@@ -136,6 +136,10 @@ class Daemon:
         settled = self.processes.settle(caller.number, numbers)
         self.world.marks["settled"] += settled
         return settled
+
+    def cut(self, number: int) -> None:
+        for connection in [one for one in self.connections if one.session_number == number]:
+            connection.daemon_died()
 
     def end(self, number: int) -> bool:
         found = [one for one in self.connections if one.session_number == number]

@@ -74,22 +74,27 @@ def test_it_wraps_round(epochs: Epochs, seen: Callable[[int], int]) -> None:
     assert seen(3) == 0
 
 
+def test_all_end_at_once(epochs: Epochs, seen: Callable[[int], int]) -> None:
+    epochs._words[3], epochs._words[4] = 0xFFFFFFFF, 7
+    epochs.end_all()
+    assert [seen(page) for page in (0, 3, 4, PAGES - 1)] == [1, 1, 9, 1]
+
+
 def test_nobody_else_may_write(epochs: Epochs) -> None:
     status = epochs.path.stat()
-    assert stat.S_IMODE(status.st_mode) == 0o440
+    assert stat.S_IMODE(status.st_mode) == 0o640
     assert status.st_ino == epochs.inode
     assert status.st_size == PAGES * EPOCH_BYTES
     assert status.st_blocks * 512 >= status.st_size  # a full filesystem cannot fail a store
 
 
-def test_an_old_file_goes_on_for_who_has_mapped_it(
-    epochs: Epochs, seen: Callable[[int], int]
-) -> None:
+def test_all_end_when_another_daemon_begins(epochs: Epochs, seen: Callable[[int], int]) -> None:
     epochs.end(5)
     again = Epochs.create(epochs.path, PAGES * ALIGNMENT)
     assert again.inode != epochs.inode
     again.end(6)
-    assert (seen(5), seen(6)) == (1, 0)
+    assert (seen(0), seen(5), seen(6), seen(PAGES - 1)) == (1, 3, 1, 1)
+    assert again._words[5] == 0
     assert [name.name for name in epochs.path.parent.iterdir()] == ["epochs"]
     again.close()
 
