@@ -247,7 +247,7 @@ def test_who_is_not_answered_asks(daemon: Daemon) -> None:
             while True:
                 took.append(time.monotonic())
                 assert get(cache, ONE) == 1
-        assert time.monotonic() - took[-1] < 0.9
+        assert time.monotonic() - took[-1] < 1.4  # one wait of 1 s, and not another before it
     assert len(took) == wire.TOLD_MAX + 1
     assert get(cache, ONE) == 1
     assert cache.client.session(cache.client.deadline()) is session and grant.release()

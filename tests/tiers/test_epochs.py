@@ -49,7 +49,7 @@ def test_a_slot_is_even_while_a_block_is_there(epochs: Epochs, seen: Callable[[i
     assert seen(6) == seen(8) == seen(0) == seen(PAGES - 1) == 0
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.booleans(), max_size=60))
 def test_no_epoch_comes_twice(tmp_path_factory: pytest.TempPathFactory, ends: list[bool]) -> None:
     epochs = Epochs.create(tmp_path_factory.mktemp("epochs") / "epochs", ALIGNMENT)
