@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from kvstore.client.arena import addresses_of, on_device
 from kvstore.client.copy_out import CopyOut
+from kvstore.client.copying import copy_all
 from kvstore.client.grant import Grant, count_tiers
 from kvstore.client.places import Places
 from kvstore.client.recall import FEW, FEW_BYTES, Recall
-from kvstore.client.reservation import NEW, PRESENT, REFUSED, Reservation
+from kvstore.client.reservation import NEW, PRESENT, REFUSED, Reservation, hints_of
 from kvstore.client.results import GetResult, Match, PutResult
 from kvstore.errors import InvalidBlock, InvalidRequest, SessionLost, Unavailable
 from kvstore.protos import kvstore_pb2 as pb
@@ -44,6 +45,7 @@ class Cache:
         # Of the layout, on that session. Its arena may be gone: nothing here keeps it.
         self._number: tuple[weakref.ref[Session], int] | None = None
         self._recall = Recall()
+        self._shapes: dict[tuple[int, int, int], bytes] = {}  # see `_told`
 
     def lookup(self, hashes: Sequence[bytes]) -> Match:
         """The longest resident prefix. Changes nothing and holds nothing."""
@@ -267,12 +269,33 @@ class Cache:
         if epochs is None or found is None:
             return False
         offsets, then = found
-        Places(session.arena, self.layout, offsets).copy_out(targets, shard)
+        base, size = session.arena.address, self.layout.block_bytes
+        if shard is not None:
+            size = self.layout.shard_bytes
+            base += shard * size
+        copy_all([(to, base + at, size) for to, at in zip(targets, offsets, strict=True)])
         if epochs.of(offsets) != then:
             return False
-        told = pb.UsedRequest(prefill_tokens_per_s=tokens_per_s or 0.0)
-        self._name(told.keys, hashes, session, deadline)
-        return session.transport.used(told)
+        return session.transport.used(self._told(hashes, session, tokens_per_s, deadline))
+
+    def _told(
+        self,
+        hashes: Sequence[bytes],
+        session: Session,
+        tokens_per_s: float | None,
+        deadline: float,
+    ) -> bytes:
+        """The encoded UsedRequest. It ends with the hashes, so that what comes before them is made
+        once for as many of them."""
+        shape = self._layout_number(session, deadline), len(hashes), len(hashes[0])
+        if tokens_per_s or shape not in self._shapes:
+            told = pb.UsedRequest(prefill_tokens_per_s=tokens_per_s or 0.0)
+            self._name(told.keys, hashes, session, deadline)
+            body = told.SerializeToString()
+            if tokens_per_s:
+                return body
+            self._shapes[shape] = body[: -len(hashes) * len(hashes[0])]
+        return self._shapes[shape] + b"".join(hashes)
 
     def _name(self, keys: Any, hashes: Sequence[bytes], session: Session, deadline: float) -> None:
         """Fill in a request's keys: what is given to a constructor is copied once more."""
@@ -319,7 +342,7 @@ class Cache:
         if shard is not None:
             more["shard"] = self._check_shard(shard)
         if hints:
-            more["hints"] = _hints(hints)
+            more["hints"] = hints_of(hints)
         return self._ask(
             pb.RESERVE,
             pb.ReserveRequest,
@@ -466,17 +489,3 @@ def _wait_s(deadline_s: float) -> float:
     if not isinstance(deadline_s, int | float) or deadline_s != deadline_s:
         raise InvalidRequest(f"deadline_s is {deadline_s!r}: give a number of seconds")
     return min(max(0.0, deadline_s), WAIT_S_MAX)
-
-
-def _hints(hints: Mapping[str, str]) -> Any:
-    known = {"reuse", "finish_reason", "tag"}
-    if unknown := set(hints) - known:
-        raise InvalidRequest(f"unknown hint {sorted(unknown)[0]!r}: there are {sorted(known)}")
-    reuse = str(hints.get("reuse", "unknown")).upper()
-    if reuse not in pb.Hints.Reuse.keys():  # noqa: SIM118  # an enum wrapper, not a dict
-        raise InvalidRequest(f"hint reuse is {hints['reuse']!r}: use continue, done or unknown")
-    return pb.Hints(
-        reuse=pb.Hints.Reuse.Value(reuse),  # type: ignore[arg-type]  # its number
-        finish_reason=hints.get("finish_reason", ""),
-        tag=hints.get("tag", ""),
-    )

@@ -55,7 +55,7 @@ class Transport(Protocol):
     def release(self, lease: int, deadline: float) -> bool:
         """See Wire.release."""
 
-    def used(self, request: Any) -> bool:
+    def used(self, request: bytes) -> bool:
         """See Wire.used."""
 
     def settle(self, sessions: Sequence[int], deadline: float) -> None:

@@ -92,7 +92,7 @@ class FrontDoorWire:
         except KVStoreError:
             return False
 
-    def used(self, request: Any) -> bool:
+    def used(self, request: bytes) -> bool:
         """See Wire.used; this door takes no such message."""
         return False
 

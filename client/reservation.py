@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kvstore.client.places import Extent, Places
-from kvstore.errors import SessionLost, Unavailable
+from kvstore.errors import InvalidRequest, SessionLost, Unavailable
 from kvstore.protos import kvstore_pb2 as pb
 
 if TYPE_CHECKING:
@@ -102,3 +103,18 @@ class Reservation:
 
     def _which(self, shard: int | None) -> int:
         return shard if shard is not None else self._shard or 0
+
+
+def hints_of(hints: Mapping[str, str]) -> Any:
+    """The message of a caller's hints. Raises InvalidRequest for one that there is not."""
+    known = {"reuse", "finish_reason", "tag"}
+    if unknown := set(hints) - known:
+        raise InvalidRequest(f"unknown hint {sorted(unknown)[0]!r}: there are {sorted(known)}")
+    reuse = str(hints.get("reuse", "unknown")).upper()
+    if reuse not in pb.Hints.Reuse.keys():  # noqa: SIM118  # an enum wrapper, not a dict
+        raise InvalidRequest(f"hint reuse is {hints['reuse']!r}: use continue, done or unknown")
+    return pb.Hints(
+        reuse=pb.Hints.Reuse.Value(reuse),  # type: ignore[arg-type]  # its number
+        finish_reason=hints.get("finish_reason", ""),
+        tag=hints.get("tag", ""),
+    )

@@ -164,11 +164,11 @@ class Wire:
         closes its connections before it gives the slots away: if the connection takes a request
         after the copy was made, the copy is whole.
         """
-        return self._tell(pb.RELEASE, pb.ReleaseRequest(lease=lease), deadline)
+        return self._tell(pb.RELEASE, pb.ReleaseRequest(lease=lease).SerializeToString(), deadline)
 
-    def used(self, request: Any) -> bool:
-        """Tell the daemon of blocks that were read again without asking; whether the connection is
-        whole, so that there has been no other daemon meanwhile.
+    def used(self, request: bytes) -> bool:
+        """Tell the daemon, by an encoded UsedRequest, of blocks that were read again without
+        asking; whether the connection is whole, so that there has been no other daemon meanwhile.
 
         Hardly waits. After so many that the daemon has not answered anything in between it is False
         as well: who asks then goes no faster than the daemon does.
@@ -180,7 +180,8 @@ class Wire:
 
     def settle(self, sessions: Sequence[int], deadline: float) -> None:
         """Say of sessions that have ended that nothing they were given is written any more."""
-        self._tell(pb.SETTLE, pb.SettleRequest(sessions=sessions), deadline)
+        body = pb.SettleRequest(sessions=sessions).SerializeToString()
+        self._tell(pb.SETTLE, body, deadline)
 
     def wake(self) -> None:
         """A request follows in a moment: if the daemon may be asleep, it can wake up meanwhile, at
@@ -205,10 +206,9 @@ class Wire:
                 self._users -= 1
                 self._close_unused()
 
-    def _tell(self, verb: int, request: Any, deadline: float, *, must: bool = True) -> bool:
+    def _tell(self, verb: int, body: bytes, deadline: float, *, must: bool = True) -> bool:
         """Send a request that is not answered; False when the connection has ended by now, as it
         does when the request cannot be sent and `must` be."""
-        body = request.SerializeToString()
         frame = HEADER.pack(AFTER_LENGTH + len(body), verb, 0, 0, NO_ANSWER) + body
         with self._lock:
             if self.dead is not None:

@@ -15,8 +15,9 @@ import pytest
 
 from kvstore.client import Cache, Client, Layout, connect, recall, wire
 from kvstore.client import cache as cache_module
-from kvstore.client.places import Places
+from kvstore.client import copying as copying_module
 from kvstore.errors import KVStoreError, Unavailable
+from kvstore.protos import kvstore_pb2 as pb
 from tests.e2e.conftest import MakeDaemon
 from tests.e2e.harness import (
     MIB,
@@ -77,15 +78,14 @@ def copying(monkeypatch: pytest.MonkeyPatch, before: Callable[[], None]) -> Iter
     """Call `before` when a copy without a lease has begun, the first time."""
     done: list[bool] = []
 
-    class Slow(Places):
-        def copy_out(self, targets: Sequence[int], shard: int | None) -> None:
-            if not done:
-                done.append(True)
-                before()
-            super().copy_out(targets, shard)
+    def copy_all(*of: Any) -> None:
+        if not done:
+            done.append(True)
+            before()
+        copying_module.copy_all(*of)
 
     with monkeypatch.context() as patched:
-        patched.setattr(cache_module, "Places", Slow)
+        patched.setattr(cache_module, "copy_all", copy_all)
         yield done
 
 
@@ -126,6 +126,20 @@ def test_many_or_large_ones_are_asked_for(cache: Cache, monkeypatch: pytest.Monk
     put(cache, FEW)
     assert get(cache, FEW) == 3
     assert asked(cache.client) == (0, 2)
+
+
+def test_what_is_told_is_the_message(cache: Cache) -> None:
+    """The part that is made once, and the hashes, of any number and length."""
+    session = cache.client.session(cache.client.deadline())
+    for size in (8, 32, 64):
+        for count in range(1, recall.FEW + 1):
+            for tag, speed in (("first", None), ("again", 0.0), ("timed", 160.0)):
+                keys = hashes(count, f"told {tag}", size=size)
+                body = cache._told(keys, session, speed, cache.client.deadline())
+                told = pb.UsedRequest.FromString(body)
+                assert told.keys.hashes == b"".join(keys)
+                assert (told.keys.hash_bytes, told.prefill_tokens_per_s) == (size, speed or 0.0)
+                assert told.keys.layout == cache._layout_number(session, 0.0)
 
 
 def test_seconds_of_prefill_are_counted(cache: Cache) -> None:
