@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from kvstore.client import Cache, Client, Layout, connect, places
+from kvstore.client import Cache, Client, Layout, connect, places, recall
+from kvstore.client import cache as cache_module
 from kvstore.errors import (
     InvalidBlock,
     InvalidKeys,
@@ -297,11 +298,14 @@ def test_an_exception_while_copying_leaves_nothing(cache: Cache, monkeypatch: An
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(places, "copy_all", interrupted)
+        for module in (places, cache_module):  # under a lease, and without one
+            patch.setattr(module, "copy_all", interrupted)
         with pytest.raises(KeyboardInterrupt):
             cache.put(NEW, BLOCKS)
-        with pytest.raises(KeyboardInterrupt):
-            cache.get(KEYS, targets(4, SIZE))
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                cache.get(KEYS, targets(4, SIZE))
+            cache._recall = recall.Recall()
     assert cache.client.stats().tenants.default.leases == 0
     assert cache.put(NEW, BLOCKS).stored == 2
     assert cache.forget(NEW) == 2
