@@ -3,6 +3,7 @@
 A store without NVMe is filled with chains. Then, in turns, chains that are there are asked for,
 released, and learned from; and new chains are stored, for which as many blocks leave. Times are
 microseconds of processor time per block; `bare` is the same without the store around the policy.
+Ends with 1 where the whole takes longer than a policy that has a bar may.
 Memory is the most that the process had above what it had before, with keys of 32 bytes.
 """
 
@@ -216,6 +217,10 @@ def profile(policy: str, blocks: int, length: int) -> None:
     pstats.Stats(profiler, stream=sys.stdout).sort_stats("tottime").print_stats(25)
 
 
+def _said(cost: Cost, bar: float) -> str:
+    return "OVER" if cost.both > bar else "within"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.eviction.cost")
     parser.add_argument("--blocks", type=int, default=1_000_000)
@@ -233,12 +238,11 @@ def main() -> int:
             whole, bare = pool.apply(both, (policy, options.blocks, length))
         cells = (whole.access, whole.eviction, whole.both, bare.both, whole.memory)
         bar = BARS_US.get(policy)
-        over = bar is not None and whole.both > bar
-        missed |= over
+        missed |= bar is not None and whole.both > bar
         sys.stdout.write(
             f"{policy:>11}  {length:11}  "
             + "  ".join(f"{one:11.2f}" for one in cells)
-            + (f"  {'OVER' if over else 'within'} {bar:g} us" if bar else "")
+            + (f"  {bar:g} us: bare {_said(bare, bar)}, whole {_said(whole, bar)}" if bar else "")
             + "\n"
         )
         sys.stdout.flush()
