@@ -29,7 +29,7 @@ from kvstore.notify import notify, watchdog_interval_s
 from kvstore.tenant import Tenant
 from kvstore.turns import Turns
 
-SWITCH_INTERVAL_S = 0.0005  # mover threads give the interpreter up soon when the loop wants it
+SWITCH_INTERVAL_S = 0.002  # how long a thread that wants the interpreter lets another go on
 TICK_S = 0.5
 SCRAPE_TIMEOUT_S = 5.0
 
