@@ -21,7 +21,7 @@ from kvstore.types import DRAM, NVME
 
 GOING_ON_MAX = 4_096  # requests of which more may come
 ROOT = -1
-NOTES_MAX, NOTED_BLOCKS_MAX = 32, 2_048  # a block takes about 1.5 us
+NOTES_MAX, NOTED_BLOCKS_MAX = 32, 8_192  # a block takes about 1.5 us
 GHOSTS_MIN, GHOSTS_MAX = 1_024, 500_000
 
 
