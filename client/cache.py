@@ -373,8 +373,7 @@ class Cache:
         try:
             if not isinstance(sources, list):
                 return self._fill_from_device(reservation, places, sources, new, shard, copied_by)
-            few = shard is None and self._few(hashes)
-            epochs = session.epochs if few else None
+            epochs = session.epochs if shard is None and self._few(hashes) else None
             then = epochs.after(places.offsets) if epochs is not None else None
             places.copy_in([sources[at] for at in new], shard, session.transport.wake)
             if reservation.commit() == len(new):

@@ -27,7 +27,7 @@ class Extent:
 class Places:
     """The places of a lease's blocks in one arena. Views are void once the lease has ended."""
 
-    def __init__(self, arena: Arena, layout: Layout, offsets: bytes | Sequence[int]) -> None:
+    def __init__(self, arena: Arena, layout: Layout, offsets: bytes) -> None:
         self.arena = arena
         self.layout = layout
         self.offsets = array("Q", offsets)

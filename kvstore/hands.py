@@ -131,8 +131,7 @@ class Hands:
             if put is None:
                 self._index.delete(offset)
             else:
-                if put.entry.number not in self._described:
-                    self.layout(put.entry)
+                self.layout(put.entry)
                 self._index.put(offset, put.entry.number, put.sequence, put.key, put.sums)
 
 
