@@ -77,8 +77,8 @@ class Sums:
         """Rows at the end."""
         first = len(self._single)
         self._single.extend(array("Q", bytes(8 * len(sums))))
-        if {len(one) for one in sums if one is not None} == {8} and all(sums):
-            packed = array("Q", b"".join(one for one in sums if one is not None))
+        if all(sums) and set(map(len, sums)) == {8}:  # type: ignore[arg-type]  # none is None
+            packed = array("Q", b"".join(sums))  # type: ignore[arg-type]
             if sys.byteorder == "big":
                 packed.byteswap()
             self._single[first:] = packed
