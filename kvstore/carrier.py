@@ -6,16 +6,19 @@ and no queue of its own.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from mmap import mmap
-from typing import Protocol
+from typing import Any, Protocol
 
 from kvstore.catalog import NOWHERE
 from kvstore.checksums import SUM_BYTES, digest, seed, shard_sums
-from kvstore.orders import Move, MoveKind, Outcome
+from kvstore.orders import LAZY, Move, MoveKind, Outcome
 from kvstore.tiers.base import Tier
 from kvstore.types import SLOT_ALIGNMENT
+
+UNBOUNDED = contextlib.nullcontext()
 
 
 class Arena(Protocol):
@@ -46,7 +49,10 @@ WayTo = Callable[[int], Way | None]  # by a device's number; None: by the host
 
 
 class Carrier:
-    """Moves over one arena and one NVMe tier; several threads may carry out moves at a time."""
+    """Moves over one arena and one NVMe tier; several threads may carry out moves at a time.
+
+    summing  held while a checksum is taken for a move that nobody waits for
+    """
 
     def __init__(
         self,
@@ -54,11 +60,13 @@ class Carrier:
         nvme: Device | None,
         hbm: Sequence[Gpu] = (),
         straight: WayTo = lambda device: None,
+        summing: contextlib.AbstractContextManager[Any] = UNBOUNDED,
     ) -> None:
         self._arena = arena
         self._nvme = nvme
         self._hbm = hbm  # by the devices' numbers
         self._straight = straight
+        self._summing = summing
         self._own = threading.local()  # a buffer for each thread that checks
 
     def carry_out(self, move: Move) -> tuple[Outcome, str]:
@@ -137,8 +145,8 @@ class Carrier:
             found = self._own.scratch = mmap(-1, size)
         return found
 
-    @staticmethod
-    def _sums(move: Move, slot: memoryview) -> bytes:
+    def _sums(self, move: Move, slot: memoryview) -> bytes:
         assert move.entry is not None
-        layout = move.entry.layout
-        return shard_sums(move.entry.fingerprint, move.key, slot, layout.shards, layout.shard_bytes)
+        entry, layout = move.entry, move.entry.layout
+        with self._summing if move.kind in LAZY else UNBOUNDED:
+            return shard_sums(entry.fingerprint, move.key, slot, layout.shards, layout.shard_bytes)

@@ -16,12 +16,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from kvstore.carrier import Arena, Carrier, Device, Gpu, WayTo
-from kvstore.orders import Move, MoveKind, Outcome
+from kvstore.orders import LAZY, Move, MoveKind, Outcome
 
 NICE = 10
 IN_MEMORY = (MoveKind.PROVE, MoveKind.SUM)  # need no device
 HERE = tuple(kind for kind in MoveKind if kind is not MoveKind.CLIMB)
-LAZY = (MoveKind.SPILL, MoveKind.VERIFY)  # nobody waits for them, and they take long
 
 Report = Callable[[Move, Outcome, str], None]
 
@@ -30,11 +29,10 @@ class Mover:
     """Worker threads over one arena and one NVMe tier, or over the arena alone.
 
     Spills and checks may occupy three quarters of the workers, so that a load never waits for a
-    slow write to end, and one more than there are processors: each takes one for its checksum, and
-    beyond that they are in each other's way, and the loop's. One worker more does only what needs
-    no device: while the device hangs, what is in DRAM can still be proved. Copies to GPUs have a
-    worker for themselves, which the others know nothing of. The queue is bounded by whoever orders:
-    the store has a bound on each kind.
+    slow write to end; their checksums half of the processors, so that neither the loop nor clients
+    wait for one. One worker more does only what needs no device: while the device hangs, what is in
+    DRAM can still be proved. Copies to GPUs have a worker for themselves, which the others know
+    nothing of. The queue is bounded by whoever orders: the store has a bound on each kind.
     """
 
     def __init__(
@@ -48,13 +46,13 @@ class Mover:
         hbm: Sequence[Gpu] = (),
         straight: WayTo = lambda device: None,
     ) -> None:
-        self._carrier = Carrier(arena, nvme, hbm, straight)
+        at_once = max(1, len(os.sched_getaffinity(0)) // 2)
+        self._carrier = Carrier(arena, nvme, hbm, straight, threading.Semaphore(at_once))
         self._report = report
         self._queues: tuple[deque[Move], ...] = tuple(deque() for _ in MoveKind)
         self._wake = threading.Condition()
         self._lazy_running = 0
-        few = len(os.sched_getaffinity(0)) + 1
-        self._lazy_most = max(1, min(few, threads - max(1, threads // 4)))
+        self._lazy_most = max(1, threads - max(1, threads // 4))
         self._closing = False
         self._threads = [
             threading.Thread(

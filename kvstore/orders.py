@@ -22,6 +22,9 @@ class MoveKind(enum.IntEnum):
     CLIMB = 7  # DRAM slot, or NVMe slot where `dram` is nowhere -> slot of a GPU
 
 
+LAZY = (MoveKind.SPILL, MoveKind.VERIFY)  # nobody waits for them, and they take long
+
+
 class Outcome(enum.Enum):
     """How a move ended."""
 

@@ -161,7 +161,9 @@ class _Builder:
     def __init__(self) -> None:
         self._parents: list[int] = []
         self._keys: list[int] = []
+        self._depths: list[int] = []  # blocks that end with each node
         self._known: dict[tuple[int, bytes], int] = {}  # parent and hash -> node
+        self._inner: dict[bytes, int] = {}  # hash -> the first node of it that has a parent
         self._blocks: dict[bytes, int] = {}
         self._layouts: dict[bytes, int] = {}
         self._shapes: list[Shape] = []
@@ -256,21 +258,30 @@ class _Builder:
 
     def _chain(self, parent: int, hashes: bytes) -> None:
         """New nodes. Those of an earlier part, or of before the numbers began anew, are the same
-        where parent and hash are; hashes are salted together with their layout."""
+        where parent and hash are; hashes are salted together with their layout. A chain that
+        begins with a block from within a prompt goes on there: a client need not name more of what
+        is before the blocks that it offers than the last one."""
         node = -1 if parent == NOTHING else self._nodes[parent]
         for at in range(0, len(hashes), HASH_BYTES):
             name = hashes[at : at + HASH_BYTES]
             found = self._known.get((node, name))
+            if found is None and node == -1:
+                found = self._inner.get(name)
             if found is None:
                 found = self._known[node, name] = len(self._parents)
                 self._parents.append(node)
+                self._depths.append(1 if node == -1 else self._depths[node] + 1)
                 self._keys.append(self._blocks.setdefault(name, len(self._blocks)))
+                if node != -1:
+                    self._inner.setdefault(name, found)
             node = found
             self._nodes.append(node)
 
     def _request(self, fields: tuple[int, ...]) -> None:
         _, kind, reuse, layout, tag, last, length, skip, granted, slow, missed, stop, *rest = fields
         leaf = -1 if last == NOTHING else self._nodes[last]
+        if leaf != -1 and (before := self._depths[leaf] - length) > 0:  # it began within a prompt
+            length, skip = length + before, skip + before
         asked = kind == ASKED
         again = asked and not missed and (stop == PENDING or (stop == NO_ROOM and granted > 0))
         self._steps.append(

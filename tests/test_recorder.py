@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from kvstore import recorder as recorder_module
 from kvstore import trace_file
 from kvstore.accesses import Access, AccessKind
+from kvstore.belady import Belady, endless, uses_of
 from kvstore.catalog import LayoutEntry
 from kvstore.recorder import MAX_BYTES_LEAST, Files, Recorder
 from kvstore.trace_file import FRAME, HEADER, part_path, read
@@ -180,6 +181,28 @@ def test_a_hash_that_comes_behind_another_chain_stays_the_same_block(tmp_path: P
     chains = Chains(trace.parents.tolist(), trace.keys.tolist())
     first, second, third = (chains.to(int(leaf)) for leaf in trace.steps["leaf"])
     assert len(first) == 2 and first == third == second[1:] and trace.block_count == 3
+
+
+def test_a_tail_that_is_offered_behind_its_parent_goes_on_with_the_prompt(tmp_path: Path) -> None:
+    """Else what bounds a forecast would take it for another prompt, and be less than what was hit."""
+    keys = chain(1, 2, 3, 4, 5)
+    offered = Access(AccessKind.OFFERED, ENTRY, keys[1:4], skip=1, now=2.0)
+    record(
+        Files(tmp_path / "trace"),
+        [
+            asked(keys[:2], 0.0, missed=2),
+            Access(AccessKind.OFFERED, ENTRY, keys[:2], skip=0, now=0.5),
+            asked(keys[:4], 1.0, granted=2, missed=2),
+            offered,
+            asked(keys, 3.0, granted=4, missed=1),
+        ],
+    )
+    trace = read(tmp_path / "trace")
+    tail = trace.steps[3]
+    assert (tail["skip"], tail["length"], tail["put"]) == (2, 4, 4) and trace.block_count == 5
+    best = Belady(trace, uses_of(trace), 5).run()
+    assert endless(trace)[trace.steps["kind"] == ASKED].tolist() == [0, 2, 4]
+    assert best[trace.steps["kind"] == ASKED].tolist() == [0, 2, 4]
 
 
 def test_no_hash_and_no_name_is_in_the_file(tmp_path: Path) -> None:

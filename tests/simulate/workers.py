@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvstore.carrier import Carrier
-from kvstore.mover import IN_MEMORY, LAZY
-from kvstore.orders import Move, MoveKind, Outcome
+from kvstore.mover import IN_MEMORY
+from kvstore.orders import LAZY, Move, MoveKind, Outcome
 from kvstore.types import SLOT_ALIGNMENT
 from tests.simulate.clock import Process
 from tests.simulate.media import Arena
