@@ -183,15 +183,18 @@ def take_over(
     """The arena that an earlier daemon left in this folder, if it is what is wanted now; else a new
     one on these memory nodes, and a line in the log that says why. `tables` is the folder of slot
     table and notes, if it is another one. Raises as DramArena.create and SlotTable.create."""
-    tables = tables or folder
+    tables, reason = tables or folder, ""
     try:
         estate = _open(folder, tables, size_bytes, slab_bytes, gid)
     except FileNotFoundError:
         estate = None  # the first start
     except (OSError, ValueError) as error:
         estate = None
-        log.warning("DRAM starts empty", folder=str(folder), reason=str(error))
+        reason = str(error)
     if estate is None:
+        DramArena.check_room(folder / ARENA, size_bytes)  # what is there stays until it can be had
+        if reason:
+            log.warning("DRAM starts empty", folder=str(folder), reason=reason)
         for name in (SLOT_TABLE, NOTES):  # after a reboot another arena may have the old inode
             (tables / name).unlink(missing_ok=True)
         arena = DramArena.create(

@@ -60,8 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(Daemon(config, options.config).run())
-    except (KVStoreError, OSError) as error:
+    except KVStoreError as error:
         sys.stderr.write(f"kvstored: {error}\n")
+        sys.exit(1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        sys.stderr.write(f"kvstored: {where}{error.strerror or error}\n")
         sys.exit(1)
 
 

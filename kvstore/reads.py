@@ -161,20 +161,28 @@ class Reads:
         """A move has ended: leases that waited for its block go on, or end before it."""
         block = move.block
         waiting = self._waiting.pop(block, ()) if move.kind <= MoveKind.PREFETCH else ()
+        if outcome is Outcome.CORRUPT:  # nobody holds its slot for that any more
+            self._give_up(waiting, block, "corrupt")
         self.placement.finished(move, outcome, now)
         good = outcome is Outcome.DONE and bool(waiting)  # a probe is of no block
         loaded = good and self.catalog.flags[block] & PROVEN == READY
+        if not loaded:
+            self._give_up(waiting, block, "")
         for lease in waiting:
             if loaded:
                 self._advance(lease)
-            elif not lease.answered and block in lease.blocks:
-                self._shorten(lease, lease.blocks.index(block), FAILED)
-                lease.why = "corrupt" if outcome is Outcome.CORRUPT else ""
             if not lease.answered and lease.ready >= lease.enough:
                 pending = lease.ready < len(lease.blocks)
                 self._answer_late(lease, PENDING if pending else lease.stop)
                 self.placement.room.orders.answers.append(lease)
         self.placement.pump(now)
+
+    def _give_up(self, waiting: Sequence[ReadLease], block: int, why: str) -> None:
+        """The block has not come: leases that wait for it end before it."""
+        for lease in waiting:
+            if not lease.answered and block in lease.blocks:
+                self._shorten(lease, lease.blocks.index(block), FAILED)
+                lease.why = why
 
     def give_up_loads(self) -> None:
         """The device is fenced: who waits for it is answered with what is there."""

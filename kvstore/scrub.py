@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 
-from kvstore.catalog import DOOMED, READY, SPILLING, STORED, UNPROVEN
+from kvstore.catalog import READY, SPILLING, STORED, UNPROVEN
 from kvstore.orders import Move, MoveKind, Outcome
-from kvstore.room import Room
+from kvstore.room import IN_USE, Room
 from kvstore.types import DRAM
 
 IN_FLIGHT_MAX = 4
@@ -77,14 +77,15 @@ class Scrub:
             self.lazy -= 1
         else:
             self._demanded.discard(block)
-        if outcome is Outcome.CORRUPT and not catalog.flags[block] & DOOMED:
-            self.spoilt(block)
-        elif outcome is Outcome.DONE and catalog.flags[block] & READY:
+        if outcome is Outcome.DONE and catalog.flags[block] & READY:
             self.proved(block)
             if catalog.sums[block] is None and move.sums is not None:
                 catalog.sums[block] = move.sums
                 self.room.orders.marks.add(catalog.dram[block])
+        there = catalog.flags[block] & READY
         self.room.unpin([block])
+        if outcome is Outcome.CORRUPT and there:
+            self.spoilt(block)
         self.go_on()
 
     def proved(self, block: int) -> None:
@@ -93,9 +94,14 @@ class Scrub:
         self.room.catalog.proofs.pop(block, None)
 
     def spoilt(self, block: int) -> None:
-        """The bytes in DRAM are not those that were committed: nobody gets them."""
+        """The bytes in DRAM are not those that were committed: nobody gets them. A copy on NVMe is
+        checked when it is read, and stays, unless the slot in DRAM is still in somebody's hands."""
+        catalog = self.room.catalog
         self.room.counters.dram.corrupt += 1
-        self.room.doom([block], "corrupt")
+        if catalog.flags[block] & (STORED | IN_USE) == STORED and not catalog.pins[block]:
+            self.room.leave(DRAM, [block], "corrupt")
+        else:
+            self.room.doom([block], "corrupt")
 
     def count(self, block: int) -> int:
         """Checks of a block that are under way."""

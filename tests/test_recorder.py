@@ -184,7 +184,7 @@ def test_a_hash_that_comes_behind_another_chain_stays_the_same_block(tmp_path: P
 
 
 def test_a_tail_that_is_offered_behind_its_parent_goes_on_with_the_prompt(tmp_path: Path) -> None:
-    """Else what bounds a forecast would take it for another prompt, and be less than what was hit."""
+    """Else what bounds a forecast would take it for another one, and be less than what was hit."""
     keys = chain(1, 2, 3, 4, 5)
     offered = Access(AccessKind.OFFERED, ENTRY, keys[1:4], skip=1, now=2.0)
     record(

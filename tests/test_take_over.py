@@ -15,6 +15,7 @@ from kvstore import adoption, numa
 from kvstore.adoption import Estate, take_over
 from kvstore.tiers.dram import DramArena
 from kvstore.types import MIB
+from tests import mounts
 
 SIZE, SLAB = 8 * MIB, MIB
 
@@ -54,6 +55,26 @@ def test_old_tables_are_gone_before_a_new_arena_is_there(
     with pytest.raises(OSError, match="no room"):
         taken(tmp_path)
     assert seen == [[]]
+
+
+def test_a_size_that_there_is_no_room_for_costs_nothing(tmp_path: Path) -> None:
+    """The old arena is there for whoever corrects the configuration."""
+    taken(tmp_path)
+    room = os.statvfs(tmp_path)
+    much = (room.f_bavail * room.f_frsize // SLAB + 2) * SLAB + SIZE
+    with pytest.raises(OSError, match=r"no room .*lower dram\.size"):
+        take_over(tmp_path, much, SLAB, gid=None, preallocate=True)
+    assert taken(tmp_path)[0].adopted
+
+
+def test_what_an_old_arena_takes_counts_as_room(tmp_path: Path) -> None:
+    with mounts.tmpfs(SIZE + 2 * MIB) as small:
+        taken(small)
+        bigger = SIZE + MIB
+        estate = take_over(small, bigger, SLAB, gid=None, preallocate=True)
+        assert not estate.adopted and estate.arena.capacity_bytes == bigger
+        estate.table.close()
+        estate.arena.close()
 
 
 def test_a_system_that_forbids_policies_has_an_arena_all_the_same(

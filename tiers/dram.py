@@ -99,12 +99,10 @@ class DramArena:
         if size_bytes <= 0 or size_bytes % ALIGNMENT:
             raise ValueError(f"an arena of {size_bytes} bytes: give a multiple of {ALIGNMENT}")
         scratch = path.with_name(path.name + ".new")
+        cls.check_room(path, size_bytes)
         for old in (scratch, path):
             old.unlink(missing_ok=True)
         page_bytes = filesystems.page_bytes(path.parent)
-        if page_bytes and size_bytes % page_bytes:
-            text = f"size {size_bytes} refused: give a multiple of {page_bytes} bytes"
-            raise OSError(errno.EINVAL, text, os.fspath(path))
         _check_room(path, size_bytes, page_bytes)
         file = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         try:
@@ -125,6 +123,19 @@ class DramArena:
                 _check_room(path, size_bytes, page_bytes)
             raise named(error, path) from error
         return cls(path, file)
+
+    @staticmethod
+    def check_room(path: Path, size_bytes: int) -> None:
+        """Raises OSError as `create` would, before an old file of that name is lost for nothing:
+        its room is taken for free, which it is unless a client still maps it."""
+        page_bytes, old_bytes = filesystems.page_bytes(path.parent), 0
+        if page_bytes and size_bytes % page_bytes:
+            text = f"size {size_bytes} refused: give a multiple of {page_bytes} bytes"
+            raise OSError(errno.EINVAL, text, os.fspath(path))
+        for old in (path, path.with_name(path.name + ".new")):
+            with contextlib.suppress(FileNotFoundError):
+                old_bytes += _holds(os.lstat(old))
+        _check_room(path, size_bytes, page_bytes, old_bytes)
 
     @classmethod
     def open(cls, path: Path) -> DramArena:
@@ -168,15 +179,19 @@ def _holds(status: os.stat_result) -> int:
     return status.st_blocks * 512
 
 
-def _check_room(path: Path, size_bytes: int, page_bytes: int) -> None:
-    """Raises OSError when the filesystem of `path` cannot hold so many bytes more."""
+def _check_room(path: Path, size_bytes: int, page_bytes: int, old_bytes: int = 0) -> None:
+    """Raises OSError when the filesystem of `path` cannot hold so many bytes, after `old_bytes` of
+    it have become free."""
     room = os.statvfs(path.parent)
-    available = room.f_bavail * room.f_frsize
+    available = room.f_bavail * room.f_frsize + old_bytes
     if (room.f_blocks or not page_bytes) and available < size_bytes:
-        text = f"no room for an arena: wanted {size_bytes} bytes, available {available} bytes"
+        text = (
+            f"no room for an arena: wanted {size_bytes} bytes, available {available} bytes: lower "
+            "dram.size, or free memory there"
+        )
         raise OSError(errno.ENOSPC, text, os.fspath(path))
     if page_bytes:
         pool = filesystems.pool(page_bytes)
-        if pool.available * page_bytes < size_bytes:
+        if pool.available * page_bytes + old_bytes < size_bytes:
             text = f"no room for an arena: {pool.lack(size_bytes, pool.available)}"
             raise OSError(errno.ENOSPC, text, os.fspath(path))

@@ -107,6 +107,29 @@ def test_a_copy_on_nvme_that_is_the_same_is_kept() -> None:
     assert desk.tiers(entry, 0, 1) == [1, 1] and nvme.spilled == 1
 
 
+@pytest.mark.parametrize("kind", [PROVE, SUM])
+def test_a_damaged_one_is_still_had_from_nvme(kind: MoveKind) -> None:
+    """Once whoever waited for the proof has been told that there is none."""
+    desk = Desk(nvme=1)
+    entry, sums = desk.layout(), [b"sum 0   "]
+    desk.store.adopt(entry.layout, keys(0), [0], list(sums), desk.now)
+    assert found(desk, 0, proof=digest(sums[0])) == 1
+    lease = None
+    if kind is PROVE:
+        lease = desk.acquire(entry, 0)
+    else:
+        desk.store.tick(desk.now)
+        desk.look()
+    desk.finish(kind, Outcome.CORRUPT)
+    assert lease is None or (lease.answered, lease.ready, lease.stop) == (True, 0, FAILED)
+    assert desk.counters.dram.corrupt == 1 and not desk.counters.nvme.evicted
+    assert desk.tiers(entry, 0) == [2]
+    again = desk.acquire(entry, 0)
+    desk.finish_all()
+    assert (again.answered, again.ready) == (True, 1)
+    desk.store.check()
+
+
 def test_what_was_not_saved_is_saved_now_and_proved_by_it() -> None:
     desk = Desk(nvme=1)
     found(desk, 0)

@@ -151,19 +151,42 @@ def test_a_damaged_block_is_a_miss_and_counted(make_daemon: MakeDaemon) -> None:
     wait_for(lambda: all_summed(daemon, len(KEYS)), "the checksums")
     daemon.kill()
     bad = {KEYS[3], KEYS[50]}
-    with (daemon.arena / "default" / "arena").open("r+b") as arena:
-        for record in records(daemon):
-            if record.hash in bad:
-                arena.seek(record.offset + 1_000)
-                arena.write(b"\0")
-                arena.seek(record.offset + 1_001)
-                arena.write(b"\xff\xff")
+    damage(daemon, bad)
     daemon.start()
     cache = open_again(daemon)
     assert got(cache, KEYS, "dram") == 3
     for key in KEYS:
         assert got(cache, [key], "dram") == (key not in bad)
     assert daemon.stats().tiers.dram.corrupt == 2
+
+
+def test_a_damaged_block_comes_from_nvme_the_next_time(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon().start()
+    open_again(daemon).put(KEYS, contents(KEYS, SIZE))
+    daemon.settled()
+    daemon.stop()
+    bad = set(KEYS[3:20])
+    damage(daemon, bad)
+    daemon.start()
+    cache = open_again(daemon)
+    for key in KEYS:  # whoever comes first may be told of a miss
+        cache.get([key], targets(1, SIZE), deadline_s=20)
+    stats = daemon.settled()
+    assert stats.tiers.dram.corrupt == len(bad) and not stats.tiers.nvme.evicted
+    into = targets(len(KEYS), SIZE)
+    found = cache.get(KEYS, into, deadline_s=20)
+    assert found.length == len(KEYS)
+    assert all(bytes(one) == content(key, SIZE) for one, key in zip(into, KEYS, strict=True))
+    assert daemon.stats().tiers.nvme.hits >= len(bad)
+
+
+def damage(daemon: Daemon, bad: set[bytes]) -> None:
+    """Other bytes in the arena, where these blocks are."""
+    with (daemon.arena / "default" / "arena").open("r+b") as arena:
+        for record in records(daemon):
+            if record.hash in bad:
+                arena.seek(record.offset + 1_000)
+                arena.write(b"\0\xff\xff")
 
 
 def test_a_damaged_record_is_a_miss(filled: Daemon) -> None:

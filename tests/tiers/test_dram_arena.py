@@ -93,6 +93,10 @@ def test_no_room_is_said_before_anything_is_touched(tmp_path: Path) -> None:
     assert caught.value.errno == errno.ENOSPC
     assert caught.value.filename == os.fspath(tmp_path / "arena")
     assert os.listdir(tmp_path) == []
+    DramArena.create(tmp_path / "arena", SIZE).close()
+    with pytest.raises(OSError, match="no room"):
+        DramArena.create(tmp_path / "arena", wanted)
+    DramArena.open(tmp_path / "arena").close()
 
 
 @pytest.mark.parametrize("size", [0, -ALIGNMENT, ALIGNMENT + 1])
