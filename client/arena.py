@@ -153,6 +153,8 @@ def on_device(buffer: Any) -> bool:
 def _tensor_address(tensor: Any, size: int, what: str) -> int:
     if tensor.device.type != "cpu":
         raise InvalidBlock(f"{what} is on {tensor.device}: copy it to the host first")
+    if "strided" not in str(tensor.layout):
+        raise InvalidBlock(f"{what} is a tensor of layout {tensor.layout}: give tensor.to_dense()")
     if tensor.nbytes != size:
         raise InvalidBlock(f"{what} has {tensor.nbytes} bytes, this layout takes {size}")
     if not tensor.is_contiguous():

@@ -7,13 +7,14 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kvstore.client import checks
 from kvstore.client.arena import addresses_of, on_device
 from kvstore.client.copy_out import CopyOut
 from kvstore.client.copying import copy_all
 from kvstore.client.grant import Grant, count_tiers
 from kvstore.client.places import Places
 from kvstore.client.recall import FEW, FEW_BYTES, Recall
-from kvstore.client.reservation import NEW, PRESENT, REFUSED, Reservation, hints_of
+from kvstore.client.reservation import NEW, PRESENT, REFUSED, Reservation
 from kvstore.client.results import GetResult, Match, PutResult
 from kvstore.errors import InvalidBlock, InvalidRequest, SessionLost, Unavailable
 from kvstore.protos import kvstore_pb2 as pb
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     from kvstore.client.cuda import Copier, DeviceBuffers
 
 DEADLINE_S = 1.0  # of reserve and acquire, unless the caller says otherwise
-WAIT_S_MAX = 3_600.0  # longer waits are cut to this, as the daemon does
 GRACE_S = 0.05  # for the answer that the daemon sends at the deadline to arrive
+ANSWER_S = 1.0  # beyond a call's own deadline, for a daemon that answers at all
 MANY = 16  # blocks: to prepare a request about so many takes as long as to wake the daemon
 WINDOW_BYTES = 16 << 20  # get copies so much while the rest is still being loaded
 
@@ -49,7 +50,7 @@ class Cache:
 
     def lookup(self, hashes: Sequence[bytes]) -> Match:
         """The longest resident prefix. Changes nothing and holds nothing."""
-        check_keys(hashes)
+        hashes = checks.keys(hashes)
         _, reply = self._ask(pb.LOOKUP, pb.LookupRequest, pb.LookupReply, hashes)
         return Match(reply.length, count_tiers(reply.tiers))
 
@@ -73,18 +74,24 @@ class Cache:
 
         Raises InvalidBlock, before anything is stored, for a buffer of a wrong size or kind.
         """
+        hashes = checks.listed_hashes(hashes)
         self._wake(hashes)
-        blocks = list(blocks)  # only addresses are kept below: these keep the memory itself
+        blocks = checks.listed_buffers(
+            blocks
+        )  # only addresses are kept below: these keep the memory itself
         sources = self._addresses(hashes, blocks, shard, writable=False)
-        wait_s = self.client.timeout_s if deadline_s is None else _wait_s(deadline_s)
+        wait_s = self.client.timeout_s if deadline_s is None else checks.wait_s(deadline_s)
         end = time.monotonic() + wait_s
+        answer_s = self.client.timeout_s if deadline_s is None else self._answer_s(wait_s)
         copied_by = end + self.client.timeout_s  # by a device
         outcome = bytearray([REFUSED]) * len(hashes)
         done = 0
         while done < len(hashes):
             # What is refused is the end of the list: it continues what has been stored by then.
             wait_s = min(DEADLINE_S, max(0.0, end - time.monotonic() - GRACE_S))
-            session, reply = self._reserve(hashes, parent, hints, wait_s, shard, skip=done)
+            session, reply = self._reserve(
+                hashes, parent, hints, wait_s, shard, answer_s=answer_s, skip=done
+            )
             status: bytes = reply.status
             new = [at for at, answer in enumerate(status, done) if answer == NEW]
             if new and not self._fill(session, reply, hashes, sources, new, shard, copied_by):
@@ -119,9 +126,10 @@ class Cache:
 
         The first `length` buffers of the result are verified; a lease that did not hold ends it.
         """
+        hashes = checks.listed_hashes(hashes)
         self._wake(hashes)
-        started, wait_s = time.monotonic(), _wait_s(deadline_s)
-        into = list(into)
+        started, wait_s = time.monotonic(), checks.wait_s(deadline_s)
+        into = checks.listed_buffers(into)
         targets = self._addresses(hashes, into, shard, writable=True)
         few = type(targets) is list and not direct and self._few(hashes)
         if few and self._get_again(hashes, targets, shard, prefill_tokens_per_s, started):
@@ -171,8 +179,11 @@ class Cache:
         hints       reuse ("continue", "done", "unknown"), finish_reason, tag
         deadline_s  how long to wait when nothing is free now but room is being made
         """
-        check_keys(hashes)
-        session, reply = self._reserve(hashes, parent, hints, _wait_s(deadline_s), shard)
+        hashes = checks.keys(hashes)
+        wait_s = checks.wait_s(deadline_s)
+        session, reply = self._reserve(
+            hashes, parent, hints, wait_s, shard, answer_s=self._answer_s(wait_s)
+        )
         places = Places(session.arena, self.layout, reply.offsets)
         return Reservation(self.client, session, places, reply.lease, reply.status, shard)
 
@@ -194,14 +205,14 @@ class Cache:
         gpus        for each shard the GPU on which it is wanted, as a place in `client.gpus`, or
                     NO_GPU: what is asked for again is copied there, see `Grant.copies`
         """
-        check_keys(hashes)
+        hashes = checks.keys(hashes)
         return self._acquire(
-            hashes, _wait_s(deadline_s), prefill_tokens_per_s, 0, gpus=gpus, poll=poll
+            hashes, checks.wait_s(deadline_s), prefill_tokens_per_s, 0, gpus=gpus, poll=poll
         )
 
     def prefetch(self, hashes: Sequence[bytes]) -> int:
         """Bring blocks of the resident prefix up into memory, without waiting; how many must be."""
-        check_keys(hashes)
+        hashes = checks.keys(hashes)
         _, reply = self._ask(pb.PREFETCH, pb.PrefetchRequest, pb.PrefetchReply, hashes)
         ordered: int = reply.ordered
         return ordered
@@ -215,9 +226,9 @@ class Cache:
         """
         if not isinstance(priority, int) or not 0 <= priority <= 100:
             raise InvalidRequest(f"priority is {priority!r}: give an integer of 0 to 100")
-        if ttl_s is not None and not ttl_s > 0:
+        if ttl_s is not None and not (isinstance(ttl_s, int | float) and ttl_s > 0):
             raise InvalidRequest(f"ttl_s is {ttl_s!r}: give more than 0 seconds, or None for ever")
-        check_keys(hashes)
+        hashes = checks.keys(hashes)
         _, reply = self._ask(
             pb.RETAIN,
             pb.RetainRequest,
@@ -231,7 +242,7 @@ class Cache:
 
     def forget(self, hashes: Sequence[bytes]) -> int:
         """Drop blocks from every tier; returns how many were there."""
-        check_keys(hashes)
+        hashes = checks.keys(hashes)
         _, reply = self._ask(pb.FORGET, pb.ForgetRequest, pb.ForgetReply, hashes)
         forgotten: int = reply.forgotten
         return forgotten
@@ -289,7 +300,7 @@ class Cache:
         once for as many of them."""
         shape = self._layout_number(session, deadline), len(hashes), len(hashes[0])
         if tokens_per_s or shape not in self._shapes:
-            told = pb.UsedRequest(prefill_tokens_per_s=tokens_per_s or 0.0)
+            told = pb.UsedRequest(prefill_tokens_per_s=checks.speed(tokens_per_s))
             self._name(told.keys, hashes, session, deadline)
             body = told.SerializeToString()
             if tokens_per_s:
@@ -314,12 +325,12 @@ class Cache:
         request: Any,
         reply: Any,
         hashes: Sequence[bytes],
-        wait_s: float = 0.0,
+        answer_s: float | None = None,
         **fields: Any,
     ) -> tuple[Session, Any]:
         """One call about these blocks, whose hashes have been checked, and the session that it
-        went through."""
-        deadline = time.monotonic() + max(self.client.timeout_s, wait_s + GRACE_S)
+        went through. The answer must be there in `answer_s`; None: in the client's timeout."""
+        deadline = time.monotonic() + (self.client.timeout_s if answer_s is None else answer_s)
 
         def ask(session: Session) -> tuple[Session, Any]:
             sent = request(**fields)
@@ -327,6 +338,10 @@ class Cache:
             return session, session.transport.call(verb, sent, reply, deadline)
 
         return self.client.attempt(deadline, ask)
+
+    def _answer_s(self, wait_s: float) -> float:
+        """How long to wait for the answer to a request that may take so long."""
+        return max(min(self.client.timeout_s, wait_s + ANSWER_S), wait_s + GRACE_S)
 
     def _reserve(
         self,
@@ -336,20 +351,21 @@ class Cache:
         wait_s: float,
         shard: int | None,
         *,
+        answer_s: float,
         skip: int | None = None,
     ) -> tuple[Session, Any]:
         more: dict[str, Any] = {}
         if shard is not None:
             more["shard"] = self._check_shard(shard)
         if hints:
-            more["hints"] = hints_of(hints)
+            more["hints"] = checks.hints_of(hints)
         return self._ask(
             pb.RESERVE,
             pb.ReserveRequest,
             pb.ReserveReply,
             hashes,
-            wait_s,
-            parent=parent or b"",
+            answer_s,
+            parent=checks.parent(parent),
             deadline_s=wait_s,
             again=skip is not None,
             skip=skip or 0,
@@ -440,9 +456,9 @@ class Cache:
             pb.AcquireRequest,
             pb.AcquireReply,
             hashes,
-            wait_s,
+            self._answer_s(wait_s),
             deadline_s=wait_s,
-            prefill_tokens_per_s=tokens_per_s or 0.0,
+            prefill_tokens_per_s=checks.speed(tokens_per_s),
             enough=enough,
             **more,
         )
@@ -457,9 +473,7 @@ class Cache:
         return number
 
     def _check_shard(self, shard: int) -> int:
-        if not 0 <= shard < self.layout.shards:
-            raise InvalidRequest(f"shard {shard} of {self.layout.shards}: they count from 0")
-        return shard
+        return checks.number_of(shard, self.layout.shards, "shard")
 
     def _addresses(
         self, hashes: Sequence[bytes], buffers: Sequence[Any], shard: int | None, *, writable: bool
@@ -481,10 +495,3 @@ class Cache:
                 self.copier = cuda.default_copier()
             return cuda.device_buffers(self.copier.platform, buffers, size, writable=writable)
         return addresses_of(buffers, size, writable=writable)
-
-
-def _wait_s(deadline_s: float) -> float:
-    """A deadline that a caller gave, as a wait that clocks can take."""
-    if not isinstance(deadline_s, int | float) or deadline_s != deadline_s:
-        raise InvalidRequest(f"deadline_s is {deadline_s!r}: give a number of seconds")
-    return min(max(0.0, deadline_s), WAIT_S_MAX)

@@ -16,7 +16,7 @@ from kvstore.client.arena import Arena
 from kvstore.client.cache import Cache
 from kvstore.client.recall import Epochs
 from kvstore.client.wire import Wire
-from kvstore.errors import InvalidRequest, SessionLost, Unavailable
+from kvstore.errors import InvalidLayout, InvalidRequest, SessionLost, Unavailable
 from kvstore.protos import kvstore_pb2 as pb
 from kvstore.types import Layout, Stats
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 REFUSED_S = 0.2  # after a failed attempt other calls fail at once for so long
 TIMEOUT_S_MAX = 86_400.0
+DEFAULT = "default"  # the tenant that there always is
 TRACE_S = 30.0  # for what is still to be written
 
 T = TypeVar("T")
@@ -73,7 +74,7 @@ class Transport(Protocol):
 
 def connect(
     path: str | os.PathLike[str] | None = None,
-    tenant: str = "default",
+    tenant: str = DEFAULT,
     timeout_s: float = 5.0,
     *,
     join: str | None = None,
@@ -81,20 +82,28 @@ def connect(
     """A client of the daemon of this host.
 
     path       the tenant's socket, kvstore.sock or grpc.sock; None: the default place
-    tenant     whose socket, when no path is given
-    timeout_s  the longest that a call may take, beyond the deadline that it may have itself
+    tenant     whose socket, when no path is given; with one, it must be that tenant's
+    timeout_s  the longest that a call may take. Of one with a deadline of its own: the longest that
+               a daemon is waited for that does not answer, and no more than a second beyond it
     join       the `ticket` of another process's client: take part in its session. What that session
                is given to write is then not given to others before this process has ended, too.
 
     Raises Unavailable when no daemon answers within that time, NotPermitted when the operating
     system refuses, ProtocolMismatch when the daemon speaks another version.
     """
-    if not 0 < timeout_s <= TIMEOUT_S_MAX:
+    if not isinstance(timeout_s, int | float) or not 0 < timeout_s <= TIMEOUT_S_MAX:
         raise InvalidRequest(f"timeout_s is {timeout_s!r}: give seconds, more than 0, up to a day")
-    socket_path = Path(path) if path is not None else paths.socket_path(tenant)
+    try:
+        socket_path = paths.socket_path(tenant) if path is None else Path(os.fsdecode(path))
+    except TypeError:
+        raise InvalidRequest(f"path is {path!r}: give the path of a socket, or None") from None
     client = Client(socket_path, timeout_s, join)
     try:
-        client.session(time.monotonic() + timeout_s)
+        served = client.session(time.monotonic() + timeout_s).attached.tenant
+        if path is not None and tenant not in (DEFAULT, served):
+            raise InvalidRequest(
+                f"{socket_path} is of tenant {served}, not of {tenant}: give one of the two"
+            )
     except BaseException:
         client.close()
         raise
@@ -153,6 +162,8 @@ class Client:
 
     def open(self, layout: Layout) -> Cache:
         """The cache of blocks of this layout. Raises InvalidLayout where no slot can hold one."""
+        if not isinstance(layout, Layout):
+            raise InvalidLayout(f"the layout is a {type(layout).__name__}: give a Layout(...)")
         deadline = self.deadline()
         self.attempt(deadline, lambda session: self.layout_number(layout, session, deadline))
         return Cache(self, layout)

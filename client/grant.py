@@ -9,6 +9,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from kvstore.client.places import Extent, Places
+from kvstore.errors import InvalidRequest
 from kvstore.protos import kvstore_pb2 as pb
 from kvstore.types import TIERS, Layout
 
@@ -97,17 +98,25 @@ class Grant:
         return self.places.extents()
 
     def view(self, i: int, shard: int = 0) -> memoryview:
-        """The bytes of one shard of the i-th block, read-only and not copied."""
-        return self.places.view(i, shard, writable=False)
+        """The bytes of one shard of the i-th block, read-only and not copied. What was read there
+        counts if `release` says so, and nothing is to be read there after it."""
+        return self._open_places().view(i, shard, writable=False)
 
     def numpy(self, i: int, shard: int = 0, dtype: Any = "u1") -> Any:
         """The same as a flat read-only numpy array."""
-        return self.places.numpy(i, shard, dtype, writable=False)
+        return self._open_places().numpy(i, shard, dtype, writable=False)
 
     def tensor(self, i: int, shard: int = 0, dtype: Any = None) -> Any:
         """The same as a flat CPU tensor, of the layout's dtype unless another is given; not to be
         written to."""
-        return self.places.tensor(i, shard, dtype)
+        return self._open_places().tensor(i, shard, dtype)
+
+    def _open_places(self) -> Places:
+        if self._lease and self._held is not None:
+            raise InvalidRequest(
+                "the grant was released, its slots may hold other blocks: acquire again"
+            )
+        return self.places
 
     def release(self) -> bool:
         """End the lease. False: it did not last until now, what was read must be thrown away.

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from kvstore.client.arena import Arena
+from kvstore.client.checks import number_of
 from kvstore.client.copying import copy_all
-from kvstore.errors import InvalidRequest
 from kvstore.types import Layout
 
 
@@ -40,11 +40,8 @@ class Places:
     def view(self, at: int, shard: int, *, writable: bool) -> memoryview:
         """The bytes of one shard of one block."""
         layout = self.layout
-        if not 0 <= at < len(self.offsets):
-            raise InvalidRequest(f"block {at} of {len(self.offsets)}: they count from 0")
-        if not 0 <= shard < layout.shards:
-            raise InvalidRequest(f"shard {shard} of {layout.shards}: they count from 0")
-        start = self.offsets[at] + shard * layout.shard_bytes
+        offset = self.offsets[number_of(at, len(self.offsets), "block")]
+        start = offset + number_of(shard, layout.shards, "shard") * layout.shard_bytes
         view = self.arena.view[start : start + layout.shard_bytes]
         return view if writable else view.toreadonly()
 

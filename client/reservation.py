@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kvstore.client.places import Extent, Places
@@ -40,6 +39,7 @@ class Reservation:
         self._places = places
         self._lease = lease
         self._shard = shard
+        self._ended = False
         self.indices = [at for at, answer in enumerate(status) if answer == NEW]
         self.present = status.count(PRESENT)
         self.refused = status.count(REFUSED)
@@ -64,15 +64,19 @@ class Reservation:
         return self._places.extents()
 
     def view(self, i: int, shard: int | None = None) -> memoryview:
-        """The writable bytes of one shard of the i-th extent."""
+        """The writable bytes of one shard of the i-th extent. Not to be used any more once the
+        reservation has ended: they belong to others then."""
+        self._check()
         return self._places.view(i, self._which(shard), writable=True)
 
     def numpy(self, i: int, shard: int | None = None, dtype: Any = "u1") -> Any:
         """The same as a flat numpy array."""
+        self._check()
         return self._places.numpy(i, self._which(shard), dtype, writable=True)
 
     def tensor(self, i: int, shard: int | None = None, dtype: Any = None) -> Any:
         """The same as a flat CPU tensor, of the layout's dtype unless another is given."""
+        self._check()
         return self._places.tensor(i, self._which(shard), dtype)
 
     def commit(self) -> int:
@@ -80,6 +84,7 @@ class Reservation:
 
         Raises SessionLost when the connection was lost meanwhile: nothing was stored then.
         """
+        self._ended = True
         if not self._lease:
             return 0
         reply = self._end(pb.COMMIT, pb.CommitRequest, pb.CommitReply)
@@ -91,6 +96,7 @@ class Reservation:
     def abort(self) -> None:
         """Give the slots back unwritten. Does nothing when the reservation has ended, and never
         raises for a daemon that does not answer: what it does not hear of ends with the session."""
+        self._ended = True
         if self._lease:
             with contextlib.suppress(SessionLost, Unavailable):
                 self._end(pb.ABORT, pb.AbortRequest, pb.AbortReply)
@@ -101,20 +107,11 @@ class Reservation:
         self._client.end_write(self._session)
         return self._session.transport.call(verb, request(lease=lease), reply, deadline)
 
+    def _check(self) -> None:
+        if self._ended:
+            raise InvalidRequest(
+                "the reservation has ended, its slots may be somebody else's: reserve again"
+            )
+
     def _which(self, shard: int | None) -> int:
         return shard if shard is not None else self._shard or 0
-
-
-def hints_of(hints: Mapping[str, str]) -> Any:
-    """The message of a caller's hints. Raises InvalidRequest for one that there is not."""
-    known = {"reuse", "finish_reason", "tag"}
-    if unknown := set(hints) - known:
-        raise InvalidRequest(f"unknown hint {sorted(unknown)[0]!r}: there are {sorted(known)}")
-    reuse = str(hints.get("reuse", "unknown")).upper()
-    if reuse not in pb.Hints.Reuse.keys():  # noqa: SIM118  # an enum wrapper, not a dict
-        raise InvalidRequest(f"hint reuse is {hints['reuse']!r}: use continue, done or unknown")
-    return pb.Hints(
-        reuse=pb.Hints.Reuse.Value(reuse),  # type: ignore[arg-type]  # its number
-        finish_reason=hints.get("finish_reason", ""),
-        tag=hints.get("tag", ""),
-    )

@@ -105,15 +105,7 @@ def _given(name: str) -> Any:
 @contextlib.contextmanager
 def _connected() -> Iterator[Client]:
     """A client of the daemon and tenant that the options name."""
-    path, tenant = _given("socket"), _given("tenant")
-    with connect(path, tenant or "default") as client:
-        served = _served(client)
-        if path is not None and tenant not in (None, served):
-            raise click.UsageError(
-                f"{path} is the socket of tenant {served}, not of {tenant}: give only one of "
-                "--socket and --tenant",
-                click.get_current_context(),
-            )
+    with connect(_given("socket"), _given("tenant") or "default") as client:
         yield client
 
 
@@ -279,16 +271,11 @@ def bench(as_json: bool, quick: bool, device: int | None) -> int:
 def clear(yes: bool) -> int:
     """Drop every block of the tenant, from all tiers.
 
-    Asks first on a terminal; elsewhere it needs --yes. Clients go on: they find nothing.
+    Asks first on a terminal. Clients go on: they find nothing.
     """
-    if not yes and not sys.stdin.isatty():
-        raise click.UsageError(
-            "nobody can be asked without a terminal: give --yes to drop every block",
-            click.get_current_context(),
-        )
     with _connected() as client:
         tenant = _served(client)
-        if not yes:
+        if not yes and sys.stdin.isatty():
             known = client.stats()["tenants"][tenant]["blocks"]["known"]
             question = f"Drop all {known:,} blocks of tenant {tenant}?"
             if not click.confirm(question, err=True):
@@ -368,8 +355,10 @@ def drain(session: int | None) -> int:
 # --- pin and unpin -------------------------------------------------------------------------------
 
 
-def _layout(context: click.Context, parameter: click.Parameter, value: str) -> Layout:
-    """A Layout from JSON, or from a file of JSON."""
+def _layout(context: click.Context, parameter: click.Parameter, value: str | None) -> Layout | None:
+    """A Layout from JSON, or from a file of JSON, where one is given."""
+    if value is None:
+        return None
     known = {field.name: field for field in dataclasses.fields(Layout)}
     try:
         tree = json.loads(value if value.lstrip().startswith("{") else Path(value).read_bytes())
@@ -422,10 +411,10 @@ def blocks(command: Command) -> Command:
         click.option(
             "--layout",
             metavar="JSON|FILE",
-            required=True,
             callback=_layout,
             help="The blocks' layout, as the engine opens it: an object with model, engine, dtype, "
-            "block_tokens, shards and shard_bytes, or a file that holds one.",
+            "block_tokens, shards and shard_bytes, or a file that holds one. Not given: whichever "
+            "layouts the tenant has.",
         ),
     ):
         command = add(command)
@@ -451,7 +440,7 @@ def blocks(command: Command) -> Command:
 )
 @blocks
 @where
-def pin(layout: Layout, hashes: list[bytes], priority: int, ttl_s: float | None) -> None:
+def pin(layout: Layout | None, hashes: list[bytes], priority: int, ttl_s: float | None) -> None:
     """Keep blocks from eviction.
 
     Prints how many are kept of how many were named. Blocks that are not there cannot be kept, and
@@ -463,7 +452,7 @@ def pin(layout: Layout, hashes: list[bytes], priority: int, ttl_s: float | None)
 @cli.command()
 @blocks
 @where
-def unpin(layout: Layout, hashes: list[bytes]) -> None:
+def unpin(layout: Layout | None, hashes: list[bytes]) -> None:
     """Let pinned blocks go like any other.
 
     Prints how many of those named are there. HASHES are block hashes in hexadecimal; - reads them
@@ -473,16 +462,20 @@ def unpin(layout: Layout, hashes: list[bytes]) -> None:
 
 
 def _retain(
-    verb: str, layout: Layout, hashes: list[bytes], priority: int, ttl_s: float | None
+    verb: str, layout: Layout | None, hashes: list[bytes], priority: int, ttl_s: float | None
 ) -> None:
     with _connected() as client:
         step = client.session(client.deadline()).attached.keys_max
-        cache: Cache = client.open(layout)
+        known = client.stats()["tenants"][_served(client)]["layouts"] if layout is None else ()
+        caches: list[Cache] = [client.open(Layout(**fields)) for fields in known]
+        caches += [client.open(layout)] if layout is not None else []
         kept = sum(
             cache.retain(hashes[at : at + step], priority, ttl_s)
+            for cache in caches
             for at in range(0, len(hashes), step)
         )
-    click.echo(f"{verb} {kept:,} of {len(hashes):,} blocks")
+    among = "" if layout is not None else f", looked for in {len(caches):,} layouts"
+    click.echo(f"{verb} {kept:,} of {len(hashes):,} blocks{among}")
 
 
 _trace = cli_trace.commands(_connected)

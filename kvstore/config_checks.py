@@ -42,8 +42,8 @@ def impossible(config: Config) -> Iterator[Trouble]:
     if config.metrics.address and config.metrics.address[1] > 65_535:
         yield "metrics.listen", config.metrics.listen, "no such port: give one of 1 to 65535"
     for name, tenant in config.tenants.items():
-        if not re.fullmatch("[a-z0-9][a-z0-9_-]{0,31}", name):
-            wrong = "is no tenant's name: use a letter or digit, then at most 31 of a-z, 0-9, _, -"
+        if not re.fullmatch(paths.TENANT_NAME, name):
+            wrong = f"is no tenant's name: {paths.TENANT_NAME_RULE}"
             yield f"tenants.{name}", repr(name), wrong
         try:
             paths.check_socket_path(config.daemon.run_dir / name / paths.HATCH)  # the longer name

@@ -43,6 +43,7 @@ def tenant_document(store: Store, uptime_s: float) -> dict[str, Any]:
         "what_if": [dataclasses.asdict(one) for one in store.worth.what_if()],
         "sample": {"blocks": store.worth.curve.sampled, "rate": store.worth.curve.rate},
         "wear": _wear(store, uptime_s),
+        "layouts": [dataclasses.asdict(entry.layout) for entry in store.catalog.layouts],
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from kvstore.errors import InvalidConfig
@@ -10,6 +11,8 @@ from kvstore.errors import InvalidConfig
 SYSTEM_RUN_DIR = Path("/run/kvstore")
 HATCH = "kvstore.sock"
 FRONT_DOOR = "grpc.sock"
+TENANT_NAME = "[a-z0-9][a-z0-9_-]{0,31}"
+TENANT_NAME_RULE = "use a letter or digit, then at most 31 of a-z, 0-9, _, -"
 SOCKET_PATH_BYTES_MAX = 107  # sun_path of Linux, less its closing zero
 
 
@@ -23,7 +26,10 @@ def _system(path: str) -> bool:
 
 
 def run_dir() -> Path:
-    """The folder of sockets: the system's /run/kvstore, else under $XDG_RUNTIME_DIR."""
+    """The folder of sockets: what the daemon is told by $KVSTORE_DAEMON_RUN_DIR, the system's
+    /run/kvstore, else under $XDG_RUNTIME_DIR."""
+    if told := os.environ.get("KVSTORE_DAEMON_RUN_DIR"):
+        return Path(told)
     if _system(os.fspath(SYSTEM_RUN_DIR)):
         return SYSTEM_RUN_DIR
     runtime = os.environ.get("XDG_RUNTIME_DIR")
@@ -47,6 +53,8 @@ def shm_dir() -> Path:
 def socket_path(tenant: str = "default", *, root: Path | None = None, door: str = HATCH) -> Path:
     """The socket of a tenant: below `root`, or where it is when nobody says, which is the system's
     daemon where the user runs none."""
+    if not isinstance(tenant, str) or not re.fullmatch(TENANT_NAME, tenant):
+        raise InvalidConfig(f"{tenant!r} is no tenant's name: {TENANT_NAME_RULE}")
     own = (root or run_dir()) / tenant / door
     system = SYSTEM_RUN_DIR / tenant / door
     return system if root is None and not own.exists() and system.exists() else own

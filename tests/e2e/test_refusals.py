@@ -15,6 +15,7 @@ from kvstore.client import Cache, Client, Layout, connect, places, recall
 from kvstore.client import cache as cache_module
 from kvstore.errors import (
     InvalidBlock,
+    InvalidConfig,
     InvalidKeys,
     InvalidLayout,
     InvalidRequest,
@@ -92,6 +93,11 @@ def objects(kind: str) -> Any:
 
 def strided() -> Any:
     return np.zeros(2 * SIZE, "u1")[::2]
+
+
+def viewed(cache: Cache, which: Any) -> memoryview:
+    with cache.acquire(KEYS) as grant:
+        return grant.view(which)
 
 
 BAD_CALLS: list[Refusal] = [
@@ -221,6 +227,72 @@ BAD_CALLS: list[Refusal] = [
         InvalidRequest,
         "deadline_s is nan: give a number of seconds",
     ),
+    (
+        "no hashes at all",
+        lambda cache: cache.lookup(None),  # type: ignore[arg-type]
+        InvalidKeys,
+        "hashes are a NoneType: give a list of bytes objects",
+    ),
+    (
+        "no buffers at all",
+        lambda cache: cache.put(NEW, None),  # type: ignore[arg-type]
+        InvalidBlock,
+        "the buffers are a NoneType: give a list, one for each hash",
+    ),
+    (
+        "a sparse tensor",
+        lambda cache: cache.put(NEW, [torch.zeros(SIZE, dtype=torch.uint8).to_sparse()] * 2),
+        InvalidBlock,
+        r"buffer 0 is a tensor of layout torch\.sparse_coo: give tensor\.to_dense\(\)",
+    ),
+    (
+        "a parent in words",
+        lambda cache: cache.put(NEW, BLOCKS, parent="x" * 32),  # type: ignore[arg-type]
+        InvalidKeys,
+        "parent is a str: give a bytes object, or None",
+    ),
+    (
+        "a parent too short",
+        lambda cache: cache.reserve(NEW, parent=b"x"),
+        InvalidKeys,
+        "a hash of 1 bytes: engine block hashes have 8 to 64 bytes",
+    ),
+    (
+        "a hint that is a number",
+        lambda cache: cache.reserve(NEW, hints={"tag": 5}),  # type: ignore[dict-item]
+        InvalidRequest,
+        "hint tag is 5: give a string",
+    ),
+    (
+        "hints in words",
+        lambda cache: cache.reserve(NEW, hints="done"),  # type: ignore[arg-type]
+        InvalidRequest,
+        "hints are a str: give a dict of",
+    ),
+    (
+        "a speed in words",
+        lambda cache: cache.acquire(KEYS, prefill_tokens_per_s="fast"),  # type: ignore[arg-type]
+        InvalidRequest,
+        "prefill_tokens_per_s is 'fast': give tokens a second, or None",
+    ),
+    (
+        "a time to live in words",
+        lambda cache: cache.retain(KEYS, 1, ttl_s="1"),  # type: ignore[arg-type]
+        InvalidRequest,
+        "ttl_s is '1': give more than 0 seconds, or None for ever",
+    ),
+    (
+        "a shard that is no integer",
+        lambda cache: cache.get(KEYS, targets(4, SIZE), shard=0.5),  # type: ignore[arg-type]
+        InvalidRequest,
+        r"shard 0\.5: give an integer",
+    ),
+    (
+        "a view of no number",
+        lambda cache: viewed(cache, "a"),
+        InvalidRequest,
+        "block 'a': give an integer",
+    ),
 ]
 
 
@@ -233,6 +305,56 @@ def test_bad_calls(
     with pytest.raises(error, match=says) as refused:
         call(filled)
     assert type(refused.value) is error
+
+
+def test_whatever_gives_hashes_and_blocks_one_after_the_other(cache: Cache) -> None:
+    keys = hashes(3, "iterators")
+    given: Any = iter(keys), map(bytes, contents(keys, SIZE))
+    assert cache.put(*given).stored == 3
+    assert cache.lookup(key for key in keys).length == 3  # type: ignore[arg-type]
+    into = targets(3, SIZE)
+    assert cache.get(dict.fromkeys(keys), iter(into)).length == 3  # type: ignore[arg-type]
+    assert [bytes(one) for one in into] == contents(keys, SIZE)
+
+
+def test_views_are_refused_once_the_lease_has_ended(cache: Cache) -> None:
+    """What is there then belongs to others."""
+    cache.put(KEYS, contents(KEYS, SIZE))
+    grant = cache.acquire(KEYS)
+    assert bytes(grant.view(0)) == contents(KEYS, SIZE)[0]
+    assert grant.release()
+    for look in (grant.view, grant.numpy, grant.tensor):
+        with pytest.raises(InvalidRequest, match=r"the grant was released.*: acquire again"):
+            look(0)
+    for end in ("commit", "abort"):
+        reservation = cache.reserve(hashes(1, f"ended by {end}"))
+        reservation.view(0)[:] = bytes(SIZE)
+        getattr(reservation, end)()
+        for use in (reservation.view, reservation.numpy, reservation.tensor):
+            with pytest.raises(InvalidRequest, match=r"the reservation has ended.*: reserve again"):
+                use(0)
+
+
+@pytest.mark.parametrize("path", [5, 1.5, ["x"]])
+def test_a_path_that_is_none(path: Any) -> None:
+    with pytest.raises(InvalidRequest, match="give the path of a socket, or None"):
+        connect(path)
+
+
+@pytest.mark.parametrize("tenant", ["../x", "", 5, "A"])
+def test_a_tenant_that_cannot_be(tenant: Any) -> None:
+    with pytest.raises(InvalidConfig, match="is no tenant's name: use a letter or digit"):
+        connect(tenant=tenant)
+
+
+def test_the_socket_of_another_tenant(shared: Daemon, door: str) -> None:
+    with pytest.raises(InvalidRequest, match="is of tenant default, not of other"):
+        connect(shared.socket(door), "other")
+
+
+def test_a_layout_that_is_none(client: Client) -> None:
+    with pytest.raises(InvalidLayout, match=r"the layout is a dict: give a Layout"):
+        client.open({"model": "m"})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("deadline_s", [math.inf, -math.inf, -1, 1e300, 0])

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from kvstore.client import connect
+from kvstore.client.cache import ANSWER_S
 from kvstore.errors import (
     ArenaGone,
     DeadlineExceeded,
@@ -98,6 +99,25 @@ def test_a_daemon_that_does_not_answer(shared: Daemon, door: str) -> None:
     wait_for(lambda: daemon.stats().leases == 0, "what nobody waited for to be undone")
 
 
+def test_a_call_with_a_deadline_of_its_own_waits_no_longer_than_a_second_more(
+    shared: Daemon, door: str
+) -> None:
+    """Whatever the timeout is."""
+    cache = shared.client(door, timeout_s=20.0).open(layout(f"patient {door}"))
+    cache.put(KEYS, contents(KEYS, SIZE))
+    new = hashes(2, "patient")
+    with shared.suspended():
+        for call in (
+            lambda: cache.acquire(KEYS, deadline_s=0),
+            lambda: cache.get(KEYS, targets(6, SIZE), deadline_s=0.1),
+            lambda: cache.reserve(new, deadline_s=0.1),
+            lambda: cache.put(new, contents(new, SIZE), deadline_s=0.1),
+        ):
+            with in_time(ANSWER_S + 0.1), pytest.raises(Unavailable):
+                call()
+    wait_for(lambda: shared.stats().leases == 0, "what nobody waited for to be undone")
+
+
 def test_a_daemon_that_halts_while_blocks_are_held(shared: Daemon, door: str) -> None:
     daemon = shared
     cache = daemon.client(door, timeout_s=TIMEOUT_S).open(layout(f"held {door}"))
@@ -173,6 +193,7 @@ def test_an_arena_of_the_same_number_elsewhere(make_daemon: MakeDaemon) -> None:
 FORKED = """
 import os, sys
 from kvstore.client import connect
+from kvstore.client.cache import ANSWER_S
 from kvstore.errors import SessionLost
 from tests.e2e.harness import hashes, layout
 client = connect(sys.argv[1])
@@ -215,6 +236,7 @@ AS_NOBODY = """
 import os, sys
 import kvstore.client.front  # while the interpreter's files may be read
 from kvstore.client import connect
+from kvstore.client.cache import ANSWER_S
 from kvstore.errors import KVStoreError
 os.setgid(65534); os.setuid(65534)
 try:
