@@ -75,7 +75,7 @@ def _rate(context: click.Context, parameter: click.Parameter, value: str) -> flo
 
 
 @click.command()
-@click.argument("trace", type=click.Path(path_type=Path))
+@click.argument("trace", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
     "--dram",
     callback=_size_or_share,
@@ -163,7 +163,8 @@ def simulate(
         plots.check(plot)
     loaded = load(trace, block_bytes=block_bytes, bytes_per_token=bytes_per_token)
     if not loaded.reference_count:
-        raise InvalidRequest(f"{trace} has no request for blocks: record for longer")
+        why = loaded.warnings[0] if loaded.warnings else "nobody asked for any meanwhile"
+        raise InvalidRequest(f"{trace} has no request for blocks ({why}): record it anew")
     tenant = click.get_current_context().meta.get("kvstore.tenant") or "default"
     sizes, configured = _sizes(loaded, dram, nvme, config, tenant)
     chosen = policy or configured or default_policy()

@@ -7,6 +7,7 @@ is the remedy that its errors name; a parser raises ValueError("what is wrong: w
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import os
 import re
 import tomllib
@@ -315,6 +316,14 @@ class Config(Section):
             for key, size, part, path in self.places()
             if filesystems.room(path)[0] and (free := filesystems.room(path)[1]) < part
         ]
+        needs = [("[[hbm]]", "cupy", any(one.size for one in self.hbm))]
+        needs.append(("nvme.engine = 'gds'", "kvikio", self.nvme.engine == "gds"))
+        found += [
+            f"{key} needs {module}, which is not installed: the daemon will not start: install "
+            f"kvstore[{'gpu' if module == 'cupy' else 'gds'}]"
+            for key, module, wanted in needs
+            if wanted and importlib.util.find_spec(module) is None
+        ]
         if self.faults.plan:
             found.append("[faults] is set: NVMe operations fail on purpose: for soak runs only")
         return found
@@ -377,8 +386,16 @@ def _overlay(tree: dict[str, Any], environ: Mapping[str, str]) -> tuple[Origins,
         prefix, section, key = [*variable.lower().split("_", 2), "", ""][:3]
         if prefix != "kvstore" or section not in _SECTIONS or not key:
             continue
-        fields = _SECTIONS[section].model_fields if section != "hbm" else {}
-        place = tree.setdefault(section, {}) if fields else {}
+        fields = _SECTIONS[section].model_fields
+        place: Any
+        if section == "hbm":
+            place, section, key = _hbm_table(tree, key)
+            if place is None and key in fields:
+                wrong = f"there are several tables: say which, as in KVSTORE_HBM_0_{key.upper()}"
+                found.append((f"hbm.{key}", repr(text)[:80], wrong))
+                continue
+        else:
+            place = tree.setdefault(section, {})
         match = re.fullmatch(f"(.+)_({'|'.join(fields)})", key) if section == "tenants" else None
         if match and isinstance(place, dict):
             name, key = match.groups()
@@ -391,6 +408,24 @@ def _overlay(tree: dict[str, Any], environ: Mapping[str, str]) -> tuple[Origins,
         elif isinstance(place, dict):  # if not, the tree's own error says so
             place[key] = _typed(text, fields[key].annotation)
     return origins, found
+
+
+def _hbm_table(tree: dict[str, Any], key: str) -> tuple[Any, str, str]:
+    """Which of the tables [[hbm]] a variable is of, its name, and the key in it: 0_SIZE is that of
+    device 0, SIZE that of the only one; a table that is not there is made. None for the table where
+    there are several, or no such key."""
+    tables = tree.setdefault("hbm", [])
+    named = re.fullmatch(r"([0-9]{1,4})_(.+)", key)
+    device, key = (int(named[1]), named[2]) if named else (None, key)
+    if not isinstance(tables, list):
+        return tables, "hbm", key  # the tree's own error says so
+    if key not in Hbm.model_fields or (device is None and len(tables) > 1):
+        return None, "hbm", key
+    for at, table in enumerate(tables):
+        if device is None or (isinstance(table, dict) and table.get("device") == device):
+            return table, f"hbm.{at}", key
+    tables.append({"device": device or 0})
+    return tables[-1], f"hbm.{len(tables) - 1}", key
 
 
 def _typed(text: str, kind: object) -> object:

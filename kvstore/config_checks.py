@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import grp
+import os
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ def impossible(config: Config) -> Iterator[Trouble]:
         yield "dram.size", size, f"is too small: give at least {format_size(DRAM_BYTES_MIN)}"
     elif 2 * slab > dram.size:
         yield "dram.slab_size", format_size(slab), f"two are more than dram.size {size}: give less"
+    yield from _impossible_folders(config)
     yield from _impossible_memory(config)
     if nvme.size and not nvme.paths:
         yield "nvme.paths", "[]", 'no folder for the NVMe tier: name one, or set nvme.size = "0"'
@@ -57,6 +59,16 @@ def impossible(config: Config) -> Iterator[Trouble]:
             yield f"tenants.{name}.group", repr(tenant.group), wrong
     yield from _impossible_quotas(config, "dram", dram.size)
     yield from _impossible_quotas(config, "nvme", nvme.size)
+
+
+def _impossible_folders(config: Config) -> Iterator[Trouble]:
+    """Folders that nobody can make, because a file is where one of them is to be."""
+    folders = [("daemon.run_dir", config.daemon.run_dir), ("dram.path", config.dram.path)]
+    folders += [("nvme.paths", path) for path in config.nvme.paths]
+    for key, path in folders:
+        there = next((one for one in (path, *path.parents) if os.path.lexists(one)), None)
+        if there is not None and not there.is_dir():
+            yield key, f"'{path}'", f"{there} is no folder: name one that is, or can be made"
 
 
 def _impossible_hbm(config: Config) -> Iterator[Trouble]:

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import structlog
 import uvloop
@@ -38,7 +38,7 @@ log = structlog.get_logger()
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command kvstored. Exit status: 0 done, 1 failed, 2 wrong usage or configuration."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="kvstored", description="Keep the KV cache of this host's serving engines."
     )
     parser.add_argument("--config", metavar="FILE", type=Path, help="a TOML file; none: defaults")
@@ -67,6 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         where = f"{error.filename}: " if error.filename else ""
         sys.stderr.write(f"kvstored: {where}{error.strerror or error}\n")
         sys.exit(1)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"kvstored: {message}: see kvstored --help\n")
 
 
 def configure_logs(config: Config) -> None:

@@ -107,7 +107,9 @@ class Simulation:
         self._machine = machine
         self.now = 0.0
         self.store = Store(
-            placement(sizes, trace.shapes), Limits(leases_per_session=1 << 30), make_family()
+            placement(sizes, trace.shapes, blocks_max=trace.block_count),
+            Limits(leases_per_session=1 << 30),
+            make_family(),
         )
         self.store.observers.clear()  # they measure what is seen here from outside
         self._session = self.store.attach("simulation")
@@ -323,9 +325,12 @@ class Simulation:
         self._at(end, lambda: self.store.finished(move, Outcome.DONE, self.now))
 
 
-def placement(sizes: Sizes, shapes: Sequence[Shape]) -> PlacementConfig:
+def placement(
+    sizes: Sizes, shapes: Sequence[Shape], *, blocks_max: int | None = None
+) -> PlacementConfig:
     """The tiers of a simulated store. With blocks of one size it has exactly as many slots as the
     sizes give (or the slabs of a recorded daemon); beside NVMe some slots fewer than one in SLABS.
+    No tier is larger than for `blocks_max` blocks: one that holds all serves like a larger one.
 
     Raises InvalidRequest when not even one block fits into DRAM."""
     largest = max(shape.slot_bytes for shape in shapes)
@@ -338,12 +343,18 @@ def placement(sizes: Sizes, shapes: Sequence[Shape]) -> PlacementConfig:
     if len(shapes) == 1:
         per_slab = slab // largest
         dram, nvme = (size // slab * per_slab if slab else size // largest for size in (dram, nvme))
+        if blocks_max is not None:
+            dram, nvme = min(dram, blocks_max + 1), min(nvme, blocks_max + 1)
         whole = dram if not nvme or nvme % dram == 0 else max(1, min(dram, nvme) // SLABS)
         dram, nvme, slab = dram * largest, nvme * largest, whole * largest
+    slab = slab or max(SLAB_BYTES, largest)
+    if blocks_max is not None:
+        most = (blocks_max // (slab // largest) + 1 + len(shapes)) * slab
+        dram, nvme = min(dram, most), min(nvme, most)
     return PlacementConfig(
         dram_bytes=dram,
         nvme_bytes=nvme,
-        slab_bytes=slab or max(SLAB_BYTES, largest),
+        slab_bytes=slab,
         write_policy=sizes.write_policy,
         write_budget=sizes.write_budget,
         hang_s=NEVER_S,

@@ -84,6 +84,8 @@ class Writes:
         continues; they are not asked for.
         """
         status = bytearray(len(keys))
+        if shard is None and self._idle_parts:
+            self._give_up_parts(session, entry, keys)
         claimed, fresh, present = self._sort_keys(entry, keys, shard, status)
         if claimed or fresh:
             self.holdings.check_leases(session)
@@ -255,6 +257,16 @@ class Writes:
             status[at] = PRESENT
             present.append(block)
         return claimed, fresh, present
+
+    def _give_up_parts(self, session: Session, entry: LayoutEntry, keys: Sequence[bytes]) -> None:
+        """Somebody has these blocks whole: those that nobody works on are not waited for."""
+        known = map(entry.index.get, keys)
+        idle = [block for block in known if block is not None and block in self._idle_parts]
+        if idle:
+            self.holdings.check_leases(session)
+        for block in idle:
+            del self._idle_parts[block], self._parts[block]
+        self.placement.unwrite(idle)
 
     def _rows(self, entry: LayoutEntry, keys: list[bytes]) -> list[int]:
         """Rows for new keys; a block that is on a fenced device keeps the row that it has."""

@@ -117,8 +117,18 @@ def test_wrong_usage_is_one_line(
     assert wrong in refused(kvstore("simulate", trace, *arguments), status)
 
 
+@pytest.mark.parametrize("sizes", [("100 TiB", "0"), ("900 PiB", "900 PiB")], ids=" ".join)
+def test_tiers_beyond_all_blocks_are_as_good_as_endless(
+    trace: Path, sizes: tuple[str, str]
+) -> None:
+    """And take no more memory or time than the blocks that there are."""
+    found = document(trace, "--dram", sizes[0], "--nvme", sizes[1], "--policy", "lru")
+    assert found["results"]["lru"]["hit_ratio"] == found["endless"]["hit_ratio"]
+    assert found["sizes"]["dram_bytes"] > 90 << 40
+
+
 def test_a_file_that_is_no_trace(tmp_path: Path) -> None:
-    assert "nowhere" in refused(kvstore("simulate", tmp_path / "nowhere"), 1)
+    assert "nowhere" in refused(kvstore("simulate", tmp_path / "nowhere"), 2)
     (tmp_path / "text").write_text("hello")
     assert "is no trace" in refused(kvstore("simulate", tmp_path / "text"), 2)
 

@@ -110,7 +110,8 @@ ENVIRON = {
 BAD_VARIABLES = [
     ("NVME_SIZ", "1", ["nvme.siz = '1'", "did you mean size?"]),
     ("NVME_SIZE", "lots", ["nvme.size = 'lots'", '"64 GiB"']),
-    ("HBM_SIZE", "1", ["hbm.size = '1'", "is unknown"]),
+    ("HBM_SIZ", "1", ["hbm.siz = '1'", "is unknown: did you mean size?"]),
+    ("HBM_SIZE", "much", ["KVSTORE_HBM_SIZE: hbm.0.size = 'much'", "is not a size"]),
     ("DRAM_HUGEPAGES", "maybe", ["dram.hugepages = 'maybe'", "true or false"]),
     ("LIMITS_SESSIONS", "x", ["limits.sessions = 'x'", "1 to 65536"]),
     ("NVME_PATHS", "a,b", ["nvme.paths", "absolute path"]),

@@ -304,6 +304,19 @@ def test_an_aborted_shard_can_be_written_by_another() -> None:
     assert desk.tiers(entry, 1) == [1]
 
 
+def test_who_has_a_block_whole_does_not_wait_for_its_shards() -> None:
+    """Nobody may ever write the others; while somebody does, it is his."""
+    desk = Desk()
+    entry = desk.layout(2, shards=2)
+    desk.put(entry, 1, 2, shard=0)
+    writing = desk.reserve(entry, 2, shard=1).lease
+    assert writing is not None
+    assert desk.reserve(entry, 1, 2).status == bytes([NEW, PRESENT])
+    desk.store.check()
+    assert desk.store.commit(desk.client, writing.number, desk.now) == 1
+    assert desk.tiers(entry, 2) == [1]
+
+
 def test_shards_that_nobody_completes_go_before_anyone_is_refused() -> None:
     desk = Desk()
     entry = desk.layout(2, shards=2)

@@ -1,0 +1,58 @@
+"""The configuration: folders that nobody can make, and GPUs that variables name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvstore import config
+from kvstore.errors import InvalidConfig
+from kvstore.types import GIB
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> dict[str, Any]:
+    return {
+        "daemon": {"run_dir": "/run/kv"},
+        "dram": {"path": str(tmp_path / "shm"), "size": "64 MiB"},
+        "nvme": {"paths": [str(tmp_path / "disk")], "size": "128 MiB"},
+    }
+
+
+@pytest.mark.parametrize("key", ["daemon.run_dir", "dram.path", "nvme.paths"])
+def test_a_folder_below_a_file(base: dict[str, Any], tmp_path: Path, key: str) -> None:
+    (tmp_path / "file").touch()
+    section, name = key.split(".")
+    path = str(tmp_path / "file" / "below")
+    base[section][name] = [path] if name == "paths" else path
+    with pytest.raises(InvalidConfig, match=rf"{key} = '{path}': .*/file is no folder: name "):
+        config.parse(base, {}, "f.toml")
+
+
+@pytest.mark.parametrize(
+    ("file", "variables", "expected"),
+    [
+        ([], {"SIZE": "1 GiB"}, [(0, GIB)]),
+        ([], {"SIZE": "1 GiB", "DEVICE": "2"}, [(2, GIB)]),
+        ([{"device": 1, "size": "2 GiB"}], {"SIZE": "1 GiB"}, [(1, GIB)]),
+        ([{"device": 1}, {"device": 3}], {"3_SIZE": "1 GiB", "4_SIZE": "2 GiB"},
+         [(1, 0), (3, GIB), (4, 2 * GIB)]),
+    ],
+)  # fmt: skip
+def test_parts_of_gpus_from_the_environment(
+    base: dict[str, Any],
+    file: list[dict[str, Any]],
+    variables: dict[str, str],
+    expected: list[tuple[int, int]],
+) -> None:
+    environ = {f"KVSTORE_HBM_{name}": text for name, text in variables.items()}
+    found = config.parse(base | {"hbm": file}, environ, "f.toml")
+    assert [(one.device, one.size) for one in found.hbm] == expected
+
+
+def test_one_of_several_gpus_must_be_named(base: dict[str, Any]) -> None:
+    tables = [{"device": 0}, {"device": 1}]
+    with pytest.raises(InvalidConfig, match="several tables: say which, as in KVSTORE_HBM_0_SIZE"):
+        config.parse(base | {"hbm": tables}, {"KVSTORE_HBM_SIZE": "1 GiB"}, "f.toml")
