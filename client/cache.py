@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 DEADLINE_S = 1.0  # of reserve and acquire, unless the caller says otherwise
 GRACE_S = 0.05  # for the answer that the daemon sends at the deadline to arrive
 ANSWER_S = 1.0  # beyond a call's own deadline, for a daemon that answers at all
-MANY = 16  # blocks: to prepare a request about so many takes as long as to wake the daemon
+MANY = 16  # blocks: to prepare a request about so many takes as long as to wake the daemon for it
 WINDOW_BYTES = 16 << 20  # get copies so much while the rest is still being loaded
 
 
@@ -75,7 +75,8 @@ class Cache:
         Raises InvalidBlock, before anything is stored, for a buffer of a wrong size or kind.
         """
         hashes = checks.listed_hashes(hashes)
-        self._wake(hashes)
+        if len(hashes) >= MANY:
+            self.client.wake()
         blocks = checks.listed_buffers(
             blocks
         )  # only addresses are kept below: these keep the memory itself
@@ -126,8 +127,10 @@ class Cache:
 
         The first `length` buffers of the result are verified; a lease that did not hold ends it.
         """
-        hashes = checks.listed_hashes(hashes)
-        self._wake(hashes)
+        if type(hashes) is not list:
+            hashes = checks.listed_hashes(hashes)
+        if len(hashes) >= MANY:
+            self.client.wake()
         started, wait_s = time.monotonic(), checks.wait_s(deadline_s)
         into = checks.listed_buffers(into)
         targets = self._addresses(hashes, into, shard, writable=True)
@@ -313,11 +316,6 @@ class Cache:
         keys.layout = self._layout_number(session, deadline)
         keys.hash_bytes = len(hashes[0]) if hashes else 0
         keys.hashes = b"".join(hashes)
-
-    def _wake(self, hashes: Sequence[bytes]) -> None:
-        """A request about many blocks is about to be prepared."""
-        if len(hashes) >= MANY:
-            self.client.wake()
 
     def _ask(
         self,

@@ -12,7 +12,6 @@ or what is left of `TIME_END`), how far it is from `DEPTH_END`, and its key, 64,
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Generator, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -61,13 +60,8 @@ class Ranking:
         self._old: dict[int, Heap] = {}  # for each class, idle for longest first
         self._young: dict[int, Heap] = {}
         self._entries = 0
-        # Ends of classes, by twice the class, and one more for the young: what the first leaf there
-        # was worth a moment ago; the same as a heap, with entries that are out of date; and those
-        # that must be looked at again.
-        self._ends_worth: dict[int, float] = {}
-        self._ends_heap: list[tuple[float, int]] = []
-        self._ends_changed: set[int] = set()
-        self._ends_until = -math.inf
+        self._ends_worth: dict[int, float] = {}  # by twice the class, and one more for the young
+        self._ends_at = 0.0
         self._gone: dict[int, None] = {}  # named, and not forgotten yet
         self._aside: dict[int, None] = {}  # named, and stayed
         self._deferred: list[int] = []
@@ -112,7 +106,7 @@ class Ranking:
 
     def _admit_many(self, row: Keys) -> None:
         """As `admit`, in arrays: after a restart it may be millions."""
-        columns, in_order = self.columns, np.sort(row)  # a tenth of what np.unique takes
+        columns, in_order = self.columns, np.sort(row)  # np.unique takes ten times as long
         assert (in_order[1:] != in_order[:-1]).all(), "a key admitted twice"
         assert not columns.array("resident")[row].any(), "a key admitted twice"
         columns.array("resident")[row] = 1
@@ -229,64 +223,51 @@ class Ranking:
     def _leaves(self, now: float) -> Victims:
         """Leaves of all classes, least worthy first. `ends` has what the first of each heap was
         worth when it was looked at last: what comes out is looked at again."""
-        cohort, kinds, queued = self._blocks.cohort, self._hazard.cohorts.kind, self.columns.queued
-        ends, known, aside, gone = self._ends(now), self._ends_worth, self._aside, self._gone
+        cohort, kinds = self._blocks.cohort, self._hazard.cohorts.kind
+        ends, known = self._ends(now), self._ends_worth
         while ends:
-            worth, end = heapq.heappop(ends)
-            if known.get(end) != worth:
-                continue  # another entry has what it is worth now
-            heap = self._heap(end)
-            first = self._look_at(end, now)
-            if not heap or (ends and first > max(worth, ends[0][0])):
+            worth, kind, young = heapq.heappop(ends)
+            heap = (self._young if young else self._old).get(kind, [])
+            first = known[2 * kind + young] = self._worth(kind, heap, young, now)
+            if not heap:
+                continue
+            if ends and first > max(worth, ends[0][0]):
+                heapq.heappush(ends, (first, kind, young))
                 continue
             key = heapq.heappop(heap) & KEY_MASK
             self._entries -= 1
-            while True:  # the tail of a request leaves as one
+            while True:
                 of = cohort[key]
-                queued[key] = NONE
-                aside[key] = None
-                if (yield key):
-                    key = NONE
-                    break
-                del aside[key]
-                gone[key] = None
-                key = self._take_off(key)
+                key = yield from self._name(key)
                 if key == NONE or cohort[key] != of:
-                    break
+                    break  # else: the tail of a request leaves as one
+            heapq.heappush(ends, (first, kind, young))
             if key != NONE:
                 self._push(key)
-                other = 2 * kinds[cohort[key]]
-                self._look_at(other, now)
-                self._look_at(other + 1, now)
+                other = kinds[cohort[key]]
+                for end, heaps in ((False, self._old), (True, self._young)):
+                    worth = self._worth(other, heaps[other], end, now)
+                    heapq.heappush(ends, (worth, other, end))
 
-    def _ends(self, now: float) -> list[tuple[float, int]]:
-        """What the first leaf of each class, and each end of it, is worth, or was a moment ago: a
-        heap, and it is kept from one call to the next."""
-        if now >= self._ends_until:
-            self._ends_until = now + ENDS_S
-            for heaps in (self._old, self._young):
-                for kind in [kind for kind, heap in heaps.items() if not heap]:
+    def _ends(self, now: float) -> list[tuple[float, int, bool]]:
+        """For each class, and each end of it, what the first leaf is worth, or was a moment ago: a
+        heap."""
+        known = self._ends_worth
+        if now - self._ends_at >= ENDS_S:
+            known.clear()
+            self._ends_at = now
+        ends = []
+        for young, heaps in ((False, self._old), (True, self._young)):
+            for kind, heap in list(heaps.items()):
+                worth = known.get(2 * kind + young)
+                if worth is None:
+                    worth = known[2 * kind + young] = self._worth(kind, heap, young, now)
+                if heap:
+                    ends.append((worth, kind, young))
+                else:
                     del heaps[kind]
-            self._ends_worth.clear()
-            self._ends_heap.clear()
-            self._ends_changed = {2 * kind for kind in self._old}
-            self._ends_changed |= {2 * kind + 1 for kind in self._young}
-        if self._ends_changed:
-            for end in list(self._ends_changed):
-                self._look_at(end, now)
-        return self._ends_heap
-
-    def _heap(self, end: int) -> Heap:
-        return (self._young if end & 1 else self._old).get(end >> 1, [])
-
-    def _look_at(self, end: int, now: float) -> float:
-        """What the first leaf there is worth now; where there is one, it is in the heap of ends."""
-        self._ends_changed.discard(end)
-        heap = self._heap(end)
-        worth = self._ends_worth[end] = self._worth(end >> 1, heap, bool(end & 1), now)
-        if heap:
-            heapq.heappush(self._ends_heap, (worth, end))
-        return worth
+        heapq.heapify(ends)
+        return ends
 
     def _name(self, key: int) -> Generator[int, bool | None, int]:
         """Name a leaf. When it leaves, and what it depended on is a leaf then: that, else NONE."""
@@ -342,8 +323,9 @@ class Ranking:
     def _push(self, key: int) -> None:
         """A leaf takes part, under the cohort that it has now."""
         kind, when, rest = self._entry(key)
-        self._ends_changed.add(2 * kind)
-        self._ends_changed.add(2 * kind + 1)
+        known = self._ends_worth
+        known.pop(2 * kind, None)
+        known.pop(2 * kind + 1, None)
         heapq.heappush(self._old.setdefault(kind, []), when << TIME_SHIFT | rest)
         heapq.heappush(self._young.setdefault(kind, []), TIME_END - when << TIME_SHIFT | rest)
         self._entries += 2
@@ -361,7 +343,7 @@ class Ranking:
         self.columns.array("queued")[row] = of
         when = int(columns.time[of] * 1e6) << TIME_SHIFT
         rests = (DEPTH_END - depths.astype(np.int64) << KEY_BITS | row).tolist()
-        self._ends_until = -math.inf
+        self._ends_worth.clear()
         heap = self._old.setdefault(columns.kind[of], [])
         heap += [when | rest for rest in rests]
         heapq.heapify(heap)
@@ -384,7 +366,7 @@ class Ranking:
             return
         self._old.clear()
         self._young.clear()
-        self._ends_until = -math.inf
+        self._ends_worth.clear()
         self._entries = 0
         columns = self.columns
         here = columns.array("resident") != 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvstore import config
+from kvstore import config, paths
 from kvstore.errors import InvalidConfig
 from kvstore.types import GIB
 
@@ -56,3 +56,12 @@ def test_one_of_several_gpus_must_be_named(base: dict[str, Any]) -> None:
     tables = [{"device": 0}, {"device": 1}]
     with pytest.raises(InvalidConfig, match="several tables: say which, as in KVSTORE_HBM_0_SIZE"):
         config.parse(base | {"hbm": tables}, {"KVSTORE_HBM_SIZE": "1 GiB"}, "f.toml")
+
+
+def test_clients_follow_the_variable_that_moves_the_daemon(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("KVSTORE_DAEMON_RUN_DIR", str(tmp_path))
+    assert paths.socket_path("team-a") == tmp_path / "team-a" / "kvstore.sock"
+    monkeypatch.setenv("KVSTORE_DAEMON_RUN_DIR", "")
+    assert paths.run_dir() != tmp_path
