@@ -119,8 +119,7 @@ class Cache:
 
         into        one writable buffer per hash, sizes as in `put`
         deadline_s  how long to wait for blocks that must come up from NVMe
-        prefill_tokens_per_s  the engine's own speed: blocks that would take longer to load than to
-                    compute are left out
+        prefill_tokens_per_s  the engine's: what would take longer to load than that is left out
         direct      blocks that are on NVMe alone are read from its files by this process, checked,
                     and copied to the buffers: DRAM stays as it is. Where this process may not read
                     them, as without

@@ -163,8 +163,8 @@ def simulate(
         plots.check(plot)
     loaded = load(trace, block_bytes=block_bytes, bytes_per_token=bytes_per_token)
     if not loaded.reference_count:
-        why = loaded.warnings[0] if loaded.warnings else "nobody asked for any meanwhile"
-        raise InvalidRequest(f"{trace} has no request for blocks ({why}): record it anew")
+        why = loaded.warnings[0] if loaded.warnings else "record for longer"
+        raise InvalidRequest(f"{trace} has no request for blocks: {why}")
     tenant = click.get_current_context().meta.get("kvstore.tenant") or "default"
     sizes, configured = _sizes(loaded, dram, nvme, config, tenant)
     chosen = policy or configured or default_policy()

@@ -316,6 +316,11 @@ class Config(Section):
             for key, size, part, path in self.places()
             if filesystems.room(path)[0] and (free := filesystems.room(path)[1]) < part
         ]
+        found += [
+            f"nvme.paths = '{path}': {there} is no folder: without that device there is no NVMe tier"
+            for path in self.nvme.paths
+            if (there := filesystems.in_the_way(path)) is not None
+        ]
         needs = [("[[hbm]]", "cupy", any(one.size for one in self.hbm))]
         needs.append(("nvme.engine = 'gds'", "kvikio", self.nvme.engine == "gds"))
         found += [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import grp
-import os
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -63,11 +62,8 @@ def impossible(config: Config) -> Iterator[Trouble]:
 
 def _impossible_folders(config: Config) -> Iterator[Trouble]:
     """Folders that nobody can make, because a file is where one of them is to be."""
-    folders = [("daemon.run_dir", config.daemon.run_dir), ("dram.path", config.dram.path)]
-    folders += [("nvme.paths", path) for path in config.nvme.paths]
-    for key, path in folders:
-        there = next((one for one in (path, *path.parents) if os.path.lexists(one)), None)
-        if there is not None and not there.is_dir():
+    for key, path in (("daemon.run_dir", config.daemon.run_dir), ("dram.path", config.dram.path)):
+        if (there := filesystems.in_the_way(path)) is not None:
             yield key, f"'{path}'", f"{there} is no folder: name one that is, or can be made"
 
 

@@ -84,6 +84,12 @@ def room(path: Path) -> tuple[int, int]:
     return stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize + held
 
 
+def in_the_way(path: Path) -> Path | None:
+    """What keeps this folder from being there or made: a part of its path that is no folder."""
+    there = next((one for one in (path, *path.parents) if os.path.lexists(one)), None)
+    return None if there is None or there.is_dir() else there
+
+
 def kind(path: Path) -> str:
     """The type of the file system of a path, or of the nearest folder that exists."""
     magic, _ = _statfs(path)

@@ -21,14 +21,22 @@ def base(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("key", ["daemon.run_dir", "dram.path", "nvme.paths"])
+@pytest.mark.parametrize("key", ["daemon.run_dir", "dram.path"])
 def test_a_folder_below_a_file(base: dict[str, Any], tmp_path: Path, key: str) -> None:
     (tmp_path / "file").touch()
     section, name = key.split(".")
     path = str(tmp_path / "file" / "below")
-    base[section][name] = [path] if name == "paths" else path
+    base[section][name] = path
     with pytest.raises(InvalidConfig, match=rf"{key} = '{path}': .*/file is no folder: name "):
         config.parse(base, {}, "f.toml")
+
+
+def test_a_device_that_is_not_there_is_a_warning(base: dict[str, Any], tmp_path: Path) -> None:
+    """The daemon runs without it, and uses it once it comes."""
+    (tmp_path / "file").touch()
+    base["nvme"]["paths"] = [str(tmp_path / "file")]
+    (said,) = config.parse(base, {}, "f.toml").warnings()
+    assert "/file is no folder: without that device there is no NVMe tier" in said
 
 
 @pytest.mark.parametrize(

@@ -432,8 +432,8 @@ def short() -> Iterator[Path]:
 
 
 def test_a_run_dir_that_is_a_file(tmp_path: Path, short: Path) -> None:
-    (short / "f").touch()
     asked = make(tmp_path, daemon={"run_dir": str(short / "f")})
+    (short / "f").touch()  # a configuration that names it now is refused
     one = find(doctor.examine(asked), "run_dir")
     assert one.status == "fail" and "is not a folder" in one.detail
 
