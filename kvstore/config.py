@@ -317,7 +317,7 @@ class Config(Section):
             if filesystems.room(path)[0] and (free := filesystems.room(path)[1]) < part
         ]
         found += [
-            f"nvme.paths = '{path}': {there} is no folder: without that device there is no NVMe tier"
+            f"nvme.paths = '{path}': {there} is no folder: without it there is no NVMe tier"
             for path in self.nvme.paths
             if (there := filesystems.in_the_way(path)) is not None
         ]

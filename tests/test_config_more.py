@@ -36,7 +36,7 @@ def test_a_device_that_is_not_there_is_a_warning(base: dict[str, Any], tmp_path:
     (tmp_path / "file").touch()
     base["nvme"]["paths"] = [str(tmp_path / "file")]
     (said,) = config.parse(base, {}, "f.toml").warnings()
-    assert "/file is no folder: without that device there is no NVMe tier" in said
+    assert "/file is no folder: without it there is no NVMe tier" in said
 
 
 @pytest.mark.parametrize(
