@@ -83,13 +83,13 @@ class Cache:
         sources = self._addresses(hashes, blocks, shard, writable=False)
         wait_s = self.client.timeout_s if deadline_s is None else checks.wait_s(deadline_s)
         end = time.monotonic() + wait_s
-        answer_s = self.client.timeout_s if deadline_s is None else self._answer_s(wait_s)
         copied_by = end + self.client.timeout_s  # by a device
         outcome = bytearray([REFUSED]) * len(hashes)
         done = 0
         while done < len(hashes):
             # What is refused is the end of the list: it continues what has been stored by then.
             wait_s = min(DEADLINE_S, max(0.0, end - time.monotonic() - GRACE_S))
+            answer_s = self.client.timeout_s if deadline_s is None else self._answer_s(wait_s)
             session, reply = self._reserve(
                 hashes, parent, hints, wait_s, shard, answer_s=answer_s, skip=done
             )
@@ -228,8 +228,7 @@ class Cache:
         """
         if not isinstance(priority, int) or not 0 <= priority <= 100:
             raise InvalidRequest(f"priority is {priority!r}: give an integer of 0 to 100")
-        if ttl_s is not None and not (isinstance(ttl_s, int | float) and ttl_s > 0):
-            raise InvalidRequest(f"ttl_s is {ttl_s!r}: give more than 0 seconds, or None for ever")
+        stays_s = checks.seconds_to_live(ttl_s)
         hashes = checks.keys(hashes)
         _, reply = self._ask(
             pb.RETAIN,
@@ -237,7 +236,7 @@ class Cache:
             pb.RetainReply,
             hashes,
             priority=priority,
-            ttl_s=ttl_s or 0.0,
+            ttl_s=stays_s,
         )
         retained: int = reply.retained
         return retained
@@ -447,7 +446,7 @@ class Cache:
     ) -> Grant:
         more: dict[str, Any] = {"skip": skip} if skip else {}
         if gpus or poll or direct:
-            more.update(gpus=gpus, poll=poll, direct=direct)
+            more.update(gpus=checks.gpu_numbers(gpus), poll=bool(poll), direct=bool(direct))
         session, reply = self._ask(
             pb.ACQUIRE,
             pb.AcquireRequest,

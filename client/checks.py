@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from kvstore.errors import InvalidBlock, InvalidKeys, InvalidRequest
 from kvstore.protos import kvstore_pb2 as pb
@@ -18,6 +21,11 @@ def listed_hashes(hashes: Any) -> Sequence[bytes]:
     """Hashes as something that has a length: whatever gives them one after the other is taken."""
     if type(hashes) is list or type(hashes) is tuple:
         return hashes
+    if isinstance(hashes, np.ndarray):
+        raise InvalidKeys(
+            "hashes are a numpy array, which loses zeros at their ends: give a list of bytes "
+            "objects"
+        )
     try:
         return list(hashes)
     except TypeError:
@@ -43,27 +51,51 @@ def listed_buffers(buffers: Any) -> list[Any]:
         ) from None
 
 
-def wait_s(deadline_s: Any) -> float:
+def wait_s(deadline_s: Any, most: float = WAIT_S_MAX) -> float:
     """A deadline as a wait that clocks can take."""
     if not isinstance(deadline_s, int | float) or deadline_s != deadline_s:
         raise InvalidRequest(f"deadline_s is {deadline_s!r}: give a number of seconds")
-    return min(max(0.0, deadline_s), WAIT_S_MAX)
+    return min(max(0.0, deadline_s), most)
 
 
 def speed(tokens_per_s: Any) -> float:
-    """A prefill speed; 0 where none is given."""
-    if not tokens_per_s:
+    """A prefill speed; 0 where none is given, or none that can be."""
+    if tokens_per_s is None:
         return 0.0
-    if not isinstance(tokens_per_s, int | float) or not tokens_per_s > 0:
+    try:
+        found = float(tokens_per_s)
+    except (TypeError, ValueError, OverflowError):
         raise InvalidRequest(
             f"prefill_tokens_per_s is {tokens_per_s!r}: give tokens a second, or None"
-        )
-    return float(tokens_per_s)
+        ) from None
+    return found if 0 < found < math.inf else 0.0
+
+
+def seconds_to_live(ttl_s: Any) -> float:
+    """A time to live; 0 where none is given."""
+    if ttl_s is None:
+        return 0.0
+    try:
+        if isinstance(ttl_s, int | float) and ttl_s > 0:
+            return float(ttl_s)
+    except OverflowError:
+        pass
+    raise InvalidRequest(f"ttl_s is {ttl_s!r}: give more than 0 seconds, or None for ever")
+
+
+def gpu_numbers(gpus: Any) -> list[int]:
+    """Places in `client.gpus`, one for each shard."""
+    try:
+        return [number_of(one, 1 << 32, "GPU") for one in gpus]
+    except TypeError:
+        raise InvalidRequest(
+            f"gpus are a {type(gpus).__name__}: give a list of integers, one for each shard"
+        ) from None
 
 
 def parent(hash: Any) -> bytes:
     """The hash before the first; empty where none is given."""
-    if hash is None:
+    if hash is None or hash == b"":
         return b""
     if not isinstance(hash, bytes):
         raise InvalidKeys(f"parent is a {type(hash).__name__}: give a bytes object, or None")
@@ -94,8 +126,11 @@ def hints_of(hints: Mapping[str, str]) -> Any:
     reuse = hints.get("reuse", "unknown").upper()
     if reuse not in pb.Hints.Reuse.keys():  # noqa: SIM118  # an enum wrapper, not a dict
         raise InvalidRequest(f"hint reuse is {hints['reuse']!r}: use continue, done or unknown")
-    return pb.Hints(
-        reuse=pb.Hints.Reuse.Value(reuse),  # type: ignore[arg-type]  # its number
-        finish_reason=hints.get("finish_reason", ""),
-        tag=hints.get("tag", ""),
-    )
+    try:
+        return pb.Hints(
+            reuse=pb.Hints.Reuse.Value(reuse),  # type: ignore[arg-type]  # its number
+            finish_reason=hints.get("finish_reason", ""),
+            tag=hints.get("tag", ""),
+        )
+    except ValueError as error:
+        raise InvalidRequest(f"a hint is no text: {error}") from None

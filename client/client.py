@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from kvstore import paths, types
+from kvstore.client import checks
 from kvstore.client.arena import Arena
 from kvstore.client.cache import Cache
 from kvstore.client.recall import Epochs
@@ -97,13 +98,9 @@ def connect(
         socket_path = paths.socket_path(tenant) if path is None else Path(os.fsdecode(path))
     except TypeError:
         raise InvalidRequest(f"path is {path!r}: give the path of a socket, or None") from None
-    client = Client(socket_path, timeout_s, join)
+    client = Client(socket_path, timeout_s, join, tenant)
     try:
-        served = client.session(time.monotonic() + timeout_s).attached.tenant
-        if path is not None and tenant not in (DEFAULT, served):
-            raise InvalidRequest(
-                f"{socket_path} is of tenant {served}, not of {tenant}: give one of the two"
-            )
+        client.session(time.monotonic() + timeout_s)
     except BaseException:
         client.close()
         raise
@@ -141,8 +138,12 @@ class Session:
 class Client:
     """See `connect`. Every method may be called from any thread."""
 
-    def __init__(self, path: Path, timeout_s: float, join: str | None = None) -> None:
+    def __init__(
+        self, path: Path, timeout_s: float, join: str | None = None, tenant: str = DEFAULT
+    ) -> None:
+        """`tenant`, where it is another one than the default: whose socket it must be."""
         self.path = path
+        self._tenant = tenant
         self.timeout_s = timeout_s
         self._join = _ticket(join)
         self._ended: list[Session] = []  # lost; the daemon is told when nobody writes for them
@@ -181,7 +182,7 @@ class Client:
 
     def verify(self, deadline_s: float = 3_600.0) -> tuple[int, int, int]:
         """Have every NVMe block read and checked: (checked, damaged and dropped, skipped)."""
-        deadline = time.monotonic() + deadline_s
+        deadline = time.monotonic() + checks.wait_s(deadline_s, TIMEOUT_S_MAX)
         reply = self.call(pb.VERIFY, pb.VerifyRequest(), pb.VerifyReply, deadline)
         return reply.checked, reply.damaged, reply.skipped
 
@@ -198,14 +199,18 @@ class Client:
 
         Returns whether there was such a session, and how many blocks were copied meanwhile.
         """
-        deadline = time.monotonic() + deadline_s
-        reply = self.call(pb.DRAIN, pb.DrainRequest(session=session), pb.DrainReply, deadline)
+        deadline = time.monotonic() + checks.wait_s(deadline_s, TIMEOUT_S_MAX)
+        number = checks.number_of(session, 1 << 32, "session")
+        reply = self.call(pb.DRAIN, pb.DrainRequest(session=number), pb.DrainReply, deadline)
         return reply.found, reply.written
 
     def start_trace(self, path: str | os.PathLike[str], max_bytes: int = 0) -> TraceState:
         """Have the daemon record what its clients ask for, in a new file at an absolute path; 0: of
         1 GiB at most. Only for the daemon's user and root."""
-        return self._trace(pb.TraceRequest.START, os.fspath(path), max_bytes)
+        if not isinstance(path, str | os.PathLike):
+            raise InvalidRequest(f"path is {path!r}: give the absolute path of a file to be made")
+        most = checks.number_of(max_bytes, 1 << 63, "max_bytes")
+        return self._trace(pb.TraceRequest.START, os.fspath(path), most)
 
     def stop_trace(self) -> TraceState:
         """End the recording; what came of it."""
@@ -391,6 +396,11 @@ class Client:
                 attached = transport.call(pb.ATTACH, request, pb.AttachReply, deadline)
             except SessionLost as error:
                 raise Unavailable(f"{error}: is it starting or stopping?") from None
+            if self._tenant not in (DEFAULT, attached.tenant):
+                raise InvalidRequest(
+                    f"{self.path} is of tenant {attached.tenant}, not of {self._tenant}: give one "
+                    "of the two"
+                )
             arena = self._arena
             named = attached.arena_path, attached.arena_bytes, attached.arena_inode
             if arena is None or not arena.is_at(*named):
@@ -407,10 +417,10 @@ class Client:
 def _ticket(text: str | None) -> tuple[int, bytes]:
     if text is None:
         return 0, b""
-    number, _, token = text.partition(":")
     try:
-        return int(number), bytes.fromhex(token)
-    except ValueError:
+        number, _, token = text.partition(":")
+        return checks.number_of(int(number), 1 << 32, "session"), bytes.fromhex(token)
+    except (ValueError, AttributeError, TypeError, InvalidRequest):
         raise InvalidRequest("join is no ticket: give the `ticket` of a connected client") from None
 
 

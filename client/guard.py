@@ -59,7 +59,7 @@ class Guard:
                 f"timeout_s is {timeout_s!r}: give seconds, more than 0, up to a day"
             )
         where = Path(path) if path is not None else paths.socket_path(tenant)
-        self.client = Client(where, timeout_s, join)
+        self.client = Client(where, timeout_s, join, tenant)
         self.counts: Counter[str] = Counter(failed=0, skipped=0, defects=0)
         self._why = ""  # no daemon answers; empty while one does
         self._told: dict[str, float] = {}  # kind of line -> when it was last written

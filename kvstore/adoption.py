@@ -27,7 +27,7 @@ import os
 import stat
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +170,18 @@ class Estate:
     adopted: bool
 
 
+def check_room(sizes: Mapping[Path, int]) -> None:
+    """Whether all tenants can have arenas of these sizes in their folders, before the first of them
+    loses what it has. Raises as DramArena.check_room."""
+    new = {}
+    for folder, size_bytes in sizes.items():
+        path = folder / ARENA
+        if not path.exists() or path.stat().st_size != size_bytes:
+            new[path] = size_bytes
+    if len(new) > 1:
+        DramArena.check_room(new)
+
+
 def take_over(
     folder: Path,
     size_bytes: int,
@@ -192,7 +204,7 @@ def take_over(
         estate = None
         reason = str(error)
     if estate is None:
-        DramArena.check_room(folder / ARENA, size_bytes)  # what is there stays until it can be had
+        DramArena.check_room({folder / ARENA: size_bytes})  # else what is there stays
         if reason:
             log.warning("DRAM starts empty", folder=str(folder), reason=reason)
         for name in (SLOT_TABLE, NOTES):  # after a reboot another arena may have the old inode

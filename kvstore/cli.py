@@ -105,7 +105,13 @@ def _given(name: str) -> Any:
 @contextlib.contextmanager
 def _connected() -> Iterator[Client]:
     """A client of the daemon and tenant that the options name."""
-    with connect(_given("socket"), _given("tenant") or "default") as client:
+    path, tenant = _given("socket"), _given("tenant")
+    with connect(path, tenant or "default") as client:
+        if path is not None and tenant not in (None, served := _served(client)):
+            raise click.UsageError(
+                f"{path} is of tenant {served}, not of {tenant}: give one of the two",
+                click.get_current_context(),
+            )
         yield client
 
 
@@ -466,16 +472,17 @@ def _retain(
 ) -> None:
     with _connected() as client:
         step = client.session(client.deadline()).attached.keys_max
-        known = client.stats()["tenants"][_served(client)]["layouts"] if layout is None else ()
-        caches: list[Cache] = [client.open(Layout(**fields)) for fields in known]
-        caches += [client.open(layout)] if layout is not None else []
+        layouts = [layout] if layout is not None else cli_stats.layouts(client, _served(client))
+        caches: list[Cache] = [client.open(one) for one in layouts]
         kept = sum(
             cache.retain(hashes[at : at + step], priority, ttl_s)
             for cache in caches
             for at in range(0, len(hashes), step)
         )
-    among = "" if layout is not None else f", looked for in {len(caches):,} layouts"
-    click.echo(f"{verb} {kept:,} of {len(hashes):,} blocks{among}")
+    if layout is not None:
+        click.echo(f"{verb} {kept:,} of {len(hashes):,} blocks")
+    else:
+        click.echo(f"{verb} {kept:,} blocks of {len(hashes):,} hashes in {len(caches):,} layouts")
 
 
 _trace = cli_trace.commands(_connected)

@@ -19,7 +19,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from kvstore.errors import KVStoreError, SessionLost, Unavailable
+from kvstore.client import Client, Layout
+from kvstore.errors import InvalidRequest, KVStoreError, SessionLost, Unavailable
 
 PIPE_COLUMNS = 1_000  # nobody looks at a pipe: no reason to fold lines
 BOX = box.SIMPLE_HEAD
@@ -387,3 +388,11 @@ def _ticks(every_s: float, count: int | None) -> Iterator[None]:
 def _no_daemon(error: KVStoreError) -> str:
     said = str(error)
     return said if said.startswith("no daemon") else f"no daemon: {said}"
+
+
+def layouts(client: Client, tenant: str) -> list[Layout]:
+    """All that clients of the tenant have opened."""
+    known = client.stats()["tenants"][tenant].get("layouts")
+    if known is None:
+        raise InvalidRequest("this daemon does not tell its layouts: name one with --layout")
+    return [Layout(**fields) for fields in known]

@@ -394,9 +394,9 @@ def _overlay(tree: dict[str, Any], environ: Mapping[str, str]) -> tuple[Origins,
         fields = _SECTIONS[section].model_fields
         place: Any
         if section == "hbm":
-            place, section, key = _hbm_table(tree, key)
+            place, section, key = _hbm_table(tree, key, environ)
             if place is None and key in fields:
-                wrong = f"there are several tables: say which, as in KVSTORE_HBM_0_{key.upper()}"
+                wrong = "cannot be told of which table: use KVSTORE_HBM_<DEVICE>_SIZE for each"
                 found.append((f"hbm.{key}", repr(text)[:80], wrong))
                 continue
         else:
@@ -415,16 +415,19 @@ def _overlay(tree: dict[str, Any], environ: Mapping[str, str]) -> tuple[Origins,
     return origins, found
 
 
-def _hbm_table(tree: dict[str, Any], key: str) -> tuple[Any, str, str]:
+def _hbm_table(tree: dict[str, Any], key: str, environ: Mapping[str, str]) -> tuple[Any, str, str]:
     """Which of the tables [[hbm]] a variable is of, its name, and the key in it: 0_SIZE is that of
     device 0, SIZE that of the only one; a table that is not there is made. None for the table where
-    there are several, or no such key."""
+    there are several, where a variable of the other kind is there, too, or no such key."""
     tables = tree.setdefault("hbm", [])
     named = re.fullmatch(r"([0-9]{1,4})_(.+)", key)
     device, key = (int(named[1]), named[2]) if named else (None, key)
     if not isinstance(tables, list):
         return tables, "hbm", key  # the tree's own error says so
-    if key not in Hbm.model_fields or (device is None and len(tables) > 1):
+    ours = [one for one in map(str.lower, environ) if one.startswith("kvstore_hbm_")]
+    mixed = len({one[len("kvstore_hbm_")].isdigit() for one in ours}) > 1
+    unclear = mixed or (key == "device" if named else len(tables) > 1)
+    if key not in Hbm.model_fields or unclear:
         return None, "hbm", key
     for at, table in enumerate(tables):
         if device is None or (isinstance(table, dict) and table.get("device") == device):

@@ -22,6 +22,7 @@ import structlog
 import uvloop
 
 from kvstore import __version__, metrics
+from kvstore.adoption import check_room
 from kvstore.busy_poll import BusyPoll
 from kvstore.config import Config, load, reloadable_changes
 from kvstore.errors import KVStoreError
@@ -122,6 +123,12 @@ class Daemon:
         for warning in self._config.warnings():
             log.warning(warning)
         busy_poll, turns = BusyPoll(loop, self._config.daemon.busy_poll), Turns()
+        check_room(
+            {
+                self._config.dram.path / name: self._config.tenant_dram_bytes(name)
+                for name in self._config.tenants
+            }
+        )
         for name in self._config.tenants:
             tell = functools.partial(self._tell, name)
             self._tenants[name] = Tenant(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import os
+import stat
 from pathlib import Path
 
 SYS = Path("/sys")
@@ -87,7 +88,12 @@ def room(path: Path) -> tuple[int, int]:
 def in_the_way(path: Path) -> Path | None:
     """What keeps this folder from being there or made: a part of its path that is no folder."""
     there = next((one for one in (path, *path.parents) if os.path.lexists(one)), None)
-    return None if there is None or there.is_dir() else there
+    try:
+        return None if there is None or stat.S_ISDIR(there.stat().st_mode) else there
+    except PermissionError:
+        return None  # that cannot be told from here
+    except OSError:
+        return there
 
 
 def kind(path: Path) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from kvstore.errors import InvalidConfig
 
 SYSTEM_RUN_DIR = Path("/run/kvstore")
+RUN_DIR_VARIABLE = "KVSTORE_DAEMON_RUN_DIR"
 HATCH = "kvstore.sock"
 FRONT_DOOR = "grpc.sock"
 TENANT_NAME = "[a-z0-9][a-z0-9_-]{0,31}"
@@ -28,7 +29,7 @@ def _system(path: str) -> bool:
 def run_dir() -> Path:
     """The folder of sockets: what the daemon is told by $KVSTORE_DAEMON_RUN_DIR, the system's
     /run/kvstore, else under $XDG_RUNTIME_DIR."""
-    if told := os.environ.get("KVSTORE_DAEMON_RUN_DIR"):
+    if told := os.environ.get(RUN_DIR_VARIABLE):
         return Path(told)
     if _system(os.fspath(SYSTEM_RUN_DIR)):
         return SYSTEM_RUN_DIR
@@ -56,8 +57,10 @@ def socket_path(tenant: str = "default", *, root: Path | None = None, door: str 
     if not isinstance(tenant, str) or not re.fullmatch(TENANT_NAME, tenant):
         raise InvalidConfig(f"{tenant!r} is no tenant's name: {TENANT_NAME_RULE}")
     own = (root or run_dir()) / tenant / door
+    if root is not None or os.environ.get(RUN_DIR_VARIABLE) or own.exists():
+        return own
     system = SYSTEM_RUN_DIR / tenant / door
-    return system if root is None and not own.exists() and system.exists() else own
+    return system if system.exists() else own
 
 
 def check_socket_path(path: Path) -> None:

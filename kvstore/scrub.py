@@ -84,7 +84,9 @@ class Scrub:
                 self.room.orders.marks.add(catalog.dram[block])
         there = catalog.flags[block] & READY
         self.room.unpin([block])
-        if outcome is Outcome.CORRUPT and there:
+        # Nobody reads an unproven block: where another check of it is under way, that one decides.
+        decided = not (catalog.flags[block] & UNPROVEN and self.count(block))
+        if outcome is Outcome.CORRUPT and there and decided:
             self.spoilt(block)
         self.go_on()
 

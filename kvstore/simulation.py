@@ -343,14 +343,20 @@ def placement(
     if len(shapes) == 1:
         per_slab = slab // largest
         dram, nvme = (size // slab * per_slab if slab else size // largest for size in (dram, nvme))
-        if blocks_max is not None:
-            dram, nvme = min(dram, blocks_max + 1), min(nvme, blocks_max + 1)
         whole = dram if not nvme or nvme % dram == 0 else max(1, min(dram, nvme) // SLABS)
-        dram, nvme, slab = dram * largest, nvme * largest, whole * largest
+        if blocks_max is not None:
+            whole = min(whole, blocks_max + 1)
+            most = (blocks_max // whole + 1) * whole
+            dram, nvme = min(dram, most), min(nvme, most)
+        return _config(sizes, dram * largest, nvme * largest, whole * largest)
     slab = slab or max(SLAB_BYTES, largest)
-    if blocks_max is not None:
+    if blocks_max is not None and slab >= largest:
         most = (blocks_max // (slab // largest) + 1 + len(shapes)) * slab
         dram, nvme = min(dram, most), min(nvme, most)
+    return _config(sizes, dram, nvme, slab)
+
+
+def _config(sizes: Sizes, dram: int, nvme: int, slab: int) -> PlacementConfig:
     return PlacementConfig(
         dram_bytes=dram,
         nvme_bytes=nvme,

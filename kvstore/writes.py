@@ -84,8 +84,6 @@ class Writes:
         continues; they are not asked for.
         """
         status = bytearray(len(keys))
-        if shard is None and self._idle_parts:
-            self._give_up_parts(session, entry, keys)
         claimed, fresh, present = self._sort_keys(entry, keys, shard, status)
         if claimed or fresh:
             self.holdings.check_leases(session)
@@ -95,6 +93,8 @@ class Writes:
                 claimed, fresh = _refuse_tail(claimed, fresh, allowed, status)
         if shard is not None:  # before making room: what is claimed is not given up
             self._claim([entry.index[keys[at]] for at in claimed], shard)
+        elif self._idle_parts:
+            self._give_up_parts(entry, [keys[at] for at in fresh])
         blocks = self._rows(entry, [keys[at] for at in fresh])
         flags, index = self.catalog.flags, entry.index
         offer = Offer.of(entry, context, keys, fresh, hints)
@@ -242,12 +242,13 @@ class Writes:
         blocks of those present, whose status is filled in."""
         get, flags = entry.index.get, self.catalog.flags
         here = READY | WRITING | LOADING | (STORED if self.placement.health.ok else 0)
+        whole, idle = shard is None and bool(self._idle_parts), self._idle_parts
         claimed: list[int] = []
         fresh: list[int] = []
         present: list[int] = []
         for at, key in enumerate(keys):
             block = get(key)
-            if block is None or not flags[block] & here:
+            if block is None or not flags[block] & here or (whole and block in idle):
                 fresh.append(at)
                 continue
             parts = self._parts.get(block) if shard is not None else None
@@ -258,12 +259,10 @@ class Writes:
             present.append(block)
         return claimed, fresh, present
 
-    def _give_up_parts(self, session: Session, entry: LayoutEntry, keys: Sequence[bytes]) -> None:
+    def _give_up_parts(self, entry: LayoutEntry, keys: Sequence[bytes]) -> None:
         """Somebody has these blocks whole: those that nobody works on are not waited for."""
         known = map(entry.index.get, keys)
         idle = [block for block in known if block is not None and block in self._idle_parts]
-        if idle:
-            self.holdings.check_leases(session)
         for block in idle:
             del self._idle_parts[block], self._parts[block]
         self.placement.unwrite(idle)

@@ -185,6 +185,8 @@ def test_no_permission_is_1(daemon: Kvstored, monkeypatch: pytest.MonkeyPatch) -
 def test_socket_and_tenant_must_agree(daemon: Kvstored) -> None:
     told = refused(kvstore("clear", "--yes", "--socket", daemon.socket(), "--tenant", "other"), 2)
     assert "tenant default, not of other" in told
+    told = refused(kvstore("clear", "--socket", daemon.socket("other"), "--tenant", "default"), 2)
+    assert "tenant other, not of default" in told
     agreeing = kvstore("--tenant", "other", "stats", "--json", "--socket", daemon.socket("other"))
     assert list(json.loads(agreeing.stdout)["tenants"]) == ["other"]
 
@@ -464,8 +466,8 @@ def test_blocks_are_pinned_in_whichever_layout_has_them(daemon: Kvstored, client
     client.open(layout("pin-none"))
     client.open(layout("pin-this")).put([name], [content(name)])
     where = ("--socket", daemon.socket(), name.hex())
-    assert kvstore("pin", *where).stdout.startswith("pinned 1 of 1 blocks, looked for in ")
-    assert kvstore("unpin", *where).stdout.startswith("unpinned 1 of 1 blocks, looked for in ")
+    assert kvstore("pin", *where).stdout.startswith("pinned 1 blocks of 1 hashes in ")
+    assert kvstore("unpin", *where).stdout.startswith("unpinned 1 blocks of 1 hashes in ")
 
 
 def test_pinned_blocks_stay_and_unpinned_ones_go(

@@ -60,10 +60,17 @@ def test_parts_of_gpus_from_the_environment(
     assert [(one.device, one.size) for one in found.hbm] == expected
 
 
-def test_one_of_several_gpus_must_be_named(base: dict[str, Any]) -> None:
-    tables = [{"device": 0}, {"device": 1}]
-    with pytest.raises(InvalidConfig, match="several tables: say which, as in KVSTORE_HBM_0_SIZE"):
-        config.parse(base | {"hbm": tables}, {"KVSTORE_HBM_SIZE": "1 GiB"}, "f.toml")
+@pytest.mark.parametrize(
+    ("count", "names"),
+    [(2, ["SIZE"]), (0, ["SIZE", "3_SIZE"]), (0, ["0_SIZE", "DEVICE"]), (0, ["0_DEVICE"])],
+)
+def test_variables_that_do_not_say_of_which_gpu(
+    base: dict[str, Any], count: int, names: list[str]
+) -> None:
+    environ = {f"KVSTORE_HBM_{name}": "1" for name in names}
+    tables = [{"device": at} for at in range(count)]
+    with pytest.raises(InvalidConfig, match="cannot be told of which table: use KVSTORE_HBM_<DEV"):
+        config.parse(base | {"hbm": tables}, environ, "f.toml")
 
 
 def test_clients_follow_the_variable_that_moves_the_daemon(

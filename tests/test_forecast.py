@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from kvstore.belady import Belady, uses_of
 from kvstore.errors import InvalidRequest
 from kvstore.forecast import forecast
+from kvstore.placement import PlacementConfig
 from kvstore.policies import FAMILIES
-from kvstore.simulation import Machine, Played, Simulation
-from kvstore.traces import Chains, Sizes, Trace, load
+from kvstore.simulation import Machine, Played, Simulation, placement
+from kvstore.traces import Chains, Shape, Sizes, Trace, load
 from tests import forests
 
 BLOCK = 4096
@@ -197,3 +198,30 @@ def test_a_forest_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
 def test_too_little_memory_for_a_block_is_said() -> None:
     with pytest.raises(InvalidRequest, match="hold no block"):
         play(forests.trace([(0,)]), Sizes(dram_bytes=100, nvme_bytes=0, slab_bytes=0))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    dram=st.integers(1, 5_000),
+    nvme=st.integers(0, 50_000),
+    blocks=st.integers(1, 9_000),
+    slab=st.sampled_from([0, 4, 64]),
+)
+def test_tiers_that_are_cut_to_what_is_used_still_hold_it(
+    dram: int, nvme: int, blocks: int, slab: int
+) -> None:
+    """In whole slabs, as the store takes them."""
+    size = 4096
+
+    def slots(config: PlacementConfig) -> tuple[int, int]:
+        each = config.slab_bytes // size
+        return (
+            config.dram_bytes // config.slab_bytes * each,
+            config.nvme_bytes // config.slab_bytes * each,
+        )
+
+    sizes = Sizes(dram_bytes=max(dram, slab) * size, nvme_bytes=nvme * size, slab_bytes=slab * size)
+    whole = slots(placement(sizes, [Shape(16, size)]))
+    cut = slots(placement(sizes, [Shape(16, size)], blocks_max=blocks))
+    for before, after in zip(whole, cut, strict=True):
+        assert after == before or (blocks <= after < before)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from kvstore import adoption, numa
-from kvstore.adoption import Estate, take_over
+from kvstore.adoption import Estate, check_room, take_over
 from kvstore.tiers.dram import DramArena
 from kvstore.types import MIB
 from tests import mounts
@@ -75,6 +77,43 @@ def test_what_an_old_arena_takes_counts_as_room(tmp_path: Path) -> None:
         assert not estate.adopted and estate.arena.capacity_bytes == bigger
         estate.table.close()
         estate.arena.close()
+
+
+def test_what_a_client_maps_does_not(tmp_path: Path) -> None:
+    """Engines outlive the daemon: what they map is not free when its file is removed."""
+    with mounts.tmpfs(SIZE + 2 * MIB) as small:
+        taken(small)
+        code = (
+            "import mmap, os, sys\n"
+            "file = os.open(sys.argv[1], os.O_RDWR)\n"
+            "held = mmap.mmap(file, 0)\n"
+            "os.close(file)\n"
+            "print('mapped', flush=True)\n"
+            "sys.stdin.read()\n"
+        )
+        with subprocess.Popen(
+            [sys.executable, "-c", code, small / "arena"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as client:
+            assert client.stdout is not None and client.stdout.readline() == b"mapped\n"
+            with pytest.raises(OSError, match="no room"):
+                take_over(small, SIZE + MIB, SLAB, gid=None, preallocate=True)
+            assert taken(small)[0].adopted
+            assert client.stdin is not None
+            client.stdin.close()
+
+
+def test_the_tenants_together_are_looked_at_before_one_loses_anything() -> None:
+    with mounts.tmpfs(2 * SIZE + 4 * MIB) as small:
+        folders = [small / "a", small / "b"]
+        for folder in folders:
+            folder.mkdir()
+            taken(folder)
+        check_room(dict.fromkeys(folders, SIZE + MIB))
+        with pytest.raises(OSError, match="no room"):
+            check_room(dict.fromkeys(folders, SIZE + 3 * MIB))
+        check_room({folders[0]: SIZE, small / "c": SIZE})
 
 
 def test_a_system_that_forbids_policies_has_an_arena_all_the_same(

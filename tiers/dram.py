@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import stat
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kvstore import filesystems, numa
@@ -99,7 +100,7 @@ class DramArena:
         if size_bytes <= 0 or size_bytes % ALIGNMENT:
             raise ValueError(f"an arena of {size_bytes} bytes: give a multiple of {ALIGNMENT}")
         scratch = path.with_name(path.name + ".new")
-        cls.check_room(path, size_bytes)
+        cls.check_room({path: size_bytes})
         for old in (scratch, path):
             old.unlink(missing_ok=True)
         page_bytes = filesystems.page_bytes(path.parent)
@@ -125,17 +126,18 @@ class DramArena:
         return cls(path, file)
 
     @staticmethod
-    def check_room(path: Path, size_bytes: int) -> None:
-        """Raises OSError as `create` would, before an old file of that name is lost for nothing:
-        its room is taken for free, which it is unless a client still maps it."""
-        page_bytes, old_bytes = filesystems.page_bytes(path.parent), 0
-        if page_bytes and size_bytes % page_bytes:
-            text = f"size {size_bytes} refused: give a multiple of {page_bytes} bytes"
-            raise OSError(errno.EINVAL, text, os.fspath(path))
-        for old in (path, path.with_name(path.name + ".new")):
-            with contextlib.suppress(FileNotFoundError):
-                old_bytes += _holds(os.lstat(old))
-        _check_room(path, size_bytes, page_bytes, old_bytes)
+    def check_room(sizes: Mapping[Path, int]) -> None:
+        """Raises OSError as `create` would for these new arenas, all in one filesystem, before an
+        old file is lost for nothing. The room of old files counts unless somebody maps them."""
+        first = next(iter(sizes))
+        page_bytes, old_bytes = filesystems.page_bytes(first.parent), 0
+        for path, size in sizes.items():
+            if page_bytes and size % page_bytes:
+                text = f"size {size} refused: give a multiple of {page_bytes} bytes"
+                raise OSError(errno.EINVAL, text, os.fspath(path))
+            for old in (path, path.with_name(path.name + ".new")):
+                old_bytes += _set_free_with(old)
+        _check_room(first, sum(sizes.values()), page_bytes, old_bytes)
 
     @classmethod
     def open(cls, path: Path) -> DramArena:
@@ -179,10 +181,30 @@ def _holds(status: os.stat_result) -> int:
     return status.st_blocks * 512
 
 
+def _set_free_with(path: Path) -> int:
+    """Bytes of memory that are free once this file is removed: none while another process has it
+    open or mapped, which is when the kernel gives no lease on it."""
+    try:
+        file = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    except OSError:
+        return 0
+    try:
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except BlockingIOError:
+        return 0
+    except OSError:
+        pass  # this filesystem knows no leases: taken for free, as it is most often
+    finally:
+        held = _holds(os.fstat(file))
+        os.close(file)  # and the lease with it
+    return held
+
+
 def _check_room(path: Path, size_bytes: int, page_bytes: int, old_bytes: int = 0) -> None:
     """Raises OSError when the filesystem of `path` cannot hold so many bytes, after `old_bytes` of
     it have become free."""
-    room = os.statvfs(path.parent)
+    there = next(one for one in path.parents if one.exists())
+    room = os.statvfs(there)
     available = room.f_bavail * room.f_frsize + old_bytes
     if (room.f_blocks or not page_bytes) and available < size_bytes:
         text = (

@@ -130,6 +130,24 @@ def test_a_damaged_one_is_still_had_from_nvme(kind: MoveKind) -> None:
     desk.store.check()
 
 
+@pytest.mark.parametrize("first", [PROVE, SUM])
+def test_of_two_checks_at_once_the_last_one_decides(first: MoveKind) -> None:
+    """Nobody reads the block before: who waits for its proof holds its slot until then."""
+    desk = Desk(nvme=1)
+    entry, sums = desk.layout(), [b"sum 0   "]
+    desk.store.adopt(entry.layout, keys(0), [0], list(sums), desk.now)
+    found(desk, 0, proof=digest(sums[0]))
+    desk.store.tick(desk.now)
+    desk.look()
+    lease = desk.acquire(entry, 0)
+    assert sorted(desk.kinds()) == [PROVE, SUM]
+    desk.finish(first, Outcome.CORRUPT)
+    desk.finish(SUM if first is PROVE else PROVE, Outcome.CORRUPT)
+    assert (lease.answered, lease.ready, lease.stop) == (True, 0, FAILED)
+    assert desk.tiers(entry, 0) == [2] and desk.counters.dram.corrupt == 1
+    desk.store.check()
+
+
 def test_what_was_not_saved_is_saved_now_and_proved_by_it() -> None:
     desk = Desk(nvme=1)
     found(desk, 0)

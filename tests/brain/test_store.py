@@ -317,6 +317,16 @@ def test_who_has_a_block_whole_does_not_wait_for_its_shards() -> None:
     assert desk.tiers(entry, 2) == [1]
 
 
+def test_who_may_hold_no_more_takes_no_shards_away() -> None:
+    desk = Desk(limits=Limits(bytes_per_session=2 * PAGE))
+    entry, greedy = desk.layout(2, shards=2), desk.store.attach("greedy")
+    desk.put(entry, 1, shard=0)
+    desk.reserve(entry, 7, client=greedy)
+    assert desk.reserve(entry, 1, client=greedy).status == bytes([REFUSED])
+    desk.put(entry, 1, shard=1)
+    assert desk.tiers(entry, 1) == [1], "the other rank completes it"
+
+
 def test_shards_that_nobody_completes_go_before_anyone_is_refused() -> None:
     desk = Desk()
     entry = desk.layout(2, shards=2)

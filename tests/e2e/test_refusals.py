@@ -3,6 +3,7 @@ lost, nothing changed."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -288,6 +289,30 @@ BAD_CALLS: list[Refusal] = [
         r"shard 0\.5: give an integer",
     ),
     (
+        "a speed beyond all numbers",
+        lambda cache: cache.acquire(KEYS, prefill_tokens_per_s=10**400),
+        InvalidRequest,
+        "give tokens a second, or None",
+    ),
+    (
+        "a time to live beyond all numbers",
+        lambda cache: cache.retain(KEYS, 1, ttl_s=10**400),
+        InvalidRequest,
+        "give more than 0 seconds, or None for ever",
+    ),
+    (
+        "GPUs in words",
+        lambda cache: cache.acquire(KEYS, gpus="ab"),  # type: ignore[arg-type]
+        InvalidRequest,
+        "GPU 'a': give an integer",
+    ),
+    (
+        "hashes that have lost their zeros",
+        lambda cache: cache.lookup(np.array(KEYS)),  # type: ignore[arg-type]
+        InvalidKeys,
+        "hashes are a numpy array, which loses zeros at their ends: give a list of bytes objects",
+    ),
+    (
         "a view of no number",
         lambda cache: viewed(cache, "a"),
         InvalidRequest,
@@ -333,6 +358,33 @@ def test_views_are_refused_once_the_lease_has_ended(cache: Cache) -> None:
         for use in (reservation.view, reservation.numpy, reservation.tensor):
             with pytest.raises(InvalidRequest, match=r"the reservation has ended.*: reserve again"):
                 use(0)
+
+
+def test_numbers_of_numpy_and_none_at_all_are_taken(cache: Cache) -> None:
+    keys = hashes(2, "numpy numbers")
+    given: dict[str, Any] = {"parent": b""}
+    assert cache.put(keys, contents(keys, SIZE), **given).stored == 2
+    for speed in (np.float32(8_000), np.int64(5), -1, 0, None):
+        given = {"prefill_tokens_per_s": speed}
+        with cache.acquire(keys, **given) as grant:
+            assert grant.length == 2
+
+
+@pytest.mark.parametrize("ticket", [5, "-1:00", "x", f"{1 << 70}:00"])
+def test_a_ticket_that_is_none(shared: Daemon, ticket: Any) -> None:
+    with pytest.raises(InvalidRequest, match="join is no ticket: give the `ticket` of a connected"):
+        connect(shared.socket(), join=ticket)
+
+
+def test_numbers_that_operators_mistype(client: Client) -> None:
+    calls: list[Callable[[Any], object]] = [client.drain, client.verify, client.start_trace]
+    for call, wrong in itertools.product(calls[:2], ("x", None)):
+        with pytest.raises(InvalidRequest, match="give a"):
+            call(wrong)
+    with pytest.raises(InvalidRequest, match="session -1 of"):
+        client.drain(-1)
+    with pytest.raises(InvalidRequest, match="path is 5: give the absolute path of a file"):
+        client.start_trace(5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("path", [5, 1.5, ["x"]])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from kvstore.client import connect
-from kvstore.client.cache import ANSWER_S
+from kvstore.client.cache import ANSWER_S, DEADLINE_S
 from kvstore.errors import (
     ArenaGone,
     DeadlineExceeded,
@@ -115,6 +115,9 @@ def test_a_call_with_a_deadline_of_its_own_waits_no_longer_than_a_second_more(
         ):
             with in_time(ANSWER_S + 0.1), pytest.raises(Unavailable):
                 call()
+        # The daemon is asked to wait for a second of its minute at most: so is it waited for.
+        with in_time(DEADLINE_S + ANSWER_S), pytest.raises(Unavailable):
+            cache.put(new, contents(new, SIZE), deadline_s=60)
     wait_for(lambda: shared.stats().leases == 0, "what nobody waited for to be undone")
 
 
@@ -193,7 +196,7 @@ def test_an_arena_of_the_same_number_elsewhere(make_daemon: MakeDaemon) -> None:
 FORKED = """
 import os, sys
 from kvstore.client import connect
-from kvstore.client.cache import ANSWER_S
+from kvstore.client.cache import ANSWER_S, DEADLINE_S
 from kvstore.errors import SessionLost
 from tests.e2e.harness import hashes, layout
 client = connect(sys.argv[1])
@@ -236,7 +239,7 @@ AS_NOBODY = """
 import os, sys
 import kvstore.client.front  # while the interpreter's files may be read
 from kvstore.client import connect
-from kvstore.client.cache import ANSWER_S
+from kvstore.client.cache import ANSWER_S, DEADLINE_S
 from kvstore.errors import KVStoreError
 os.setgid(65534); os.setuid(65534)
 try:
