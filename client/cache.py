@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 DEADLINE_S = 1.0  # of reserve and acquire, unless the caller says otherwise
 GRACE_S = 0.05  # for the answer that the daemon sends at the deadline to arrive
 ANSWER_S = 1.0  # beyond a call's own deadline, for a daemon that answers at all
-MANY = 16  # blocks: to prepare a request about so many takes as long as to wake the daemon for it
+MANY = 16  # blocks: to prepare a request about so many takes as long as to wake the daemon
 WINDOW_BYTES = 16 << 20  # get copies so much while the rest is still being loaded
 
 
@@ -77,9 +77,8 @@ class Cache:
         hashes = checks.listed_hashes(hashes)
         if len(hashes) >= MANY:
             self.client.wake()
-        blocks = checks.listed_buffers(
-            blocks
-        )  # only addresses are kept below: these keep the memory itself
+        # Only addresses are kept below: these keep the memory itself.
+        blocks = checks.listed_buffers(blocks)
         sources = self._addresses(hashes, blocks, shard, writable=False)
         wait_s = self.client.timeout_s if deadline_s is None else checks.wait_s(deadline_s)
         end = time.monotonic() + wait_s

@@ -12,6 +12,7 @@ import numpy as np
 from kvstore.client.arena import Arena
 from kvstore.client.checks import number_of
 from kvstore.client.copying import copy_all
+from kvstore.errors import InvalidRequest
 from kvstore.types import Layout
 
 
@@ -47,7 +48,13 @@ class Places:
 
     def numpy(self, at: int, shard: int, dtype: Any, *, writable: bool) -> Any:
         """One shard of one block as a flat numpy array over the same memory."""
-        return np.frombuffer(self.view(at, shard, writable=writable), dtype)
+        view = self.view(at, shard, writable=writable)
+        try:
+            return np.frombuffer(view, dtype)
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(
+                f"a shard of {len(view)} bytes as {dtype!r}: {error}: give another dtype"
+            ) from None
 
     def tensor(self, at: int, shard: int, dtype: Any) -> Any:
         """One shard of one block as a flat CPU tensor over the same memory.

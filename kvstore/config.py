@@ -424,8 +424,8 @@ def _hbm_table(tree: dict[str, Any], key: str, environ: Mapping[str, str]) -> tu
     device, key = (int(named[1]), named[2]) if named else (None, key)
     if not isinstance(tables, list):
         return tables, "hbm", key  # the tree's own error says so
-    ours = [one for one in map(str.lower, environ) if one.startswith("kvstore_hbm_")]
-    mixed = len({one[len("kvstore_hbm_")].isdigit() for one in ours}) > 1
+    ours = re.findall("^kvstore_hbm_(.)", "\n".join(environ).lower(), re.MULTILINE)
+    mixed = len(set(map(str.isdigit, ours))) > 1
     unclear = mixed or (key == "device" if named else len(tables) > 1)
     if key not in Hbm.model_fields or unclear:
         return None, "hbm", key

@@ -96,9 +96,9 @@ def strided() -> Any:
     return np.zeros(2 * SIZE, "u1")[::2]
 
 
-def viewed(cache: Cache, which: Any) -> memoryview:
+def viewed(cache: Cache, which: Any, dtype: str = "u1") -> Any:
     with cache.acquire(KEYS) as grant:
-        return grant.view(which)
+        return grant.numpy(which, dtype=dtype)
 
 
 BAD_CALLS: list[Refusal] = [
@@ -311,6 +311,12 @@ BAD_CALLS: list[Refusal] = [
         lambda cache: cache.lookup(np.array(KEYS)),  # type: ignore[arg-type]
         InvalidKeys,
         "hashes are a numpy array, which loses zeros at their ends: give a list of bytes objects",
+    ),
+    (
+        "a view of no type",
+        lambda cache: viewed(cache, 0, "nope"),
+        InvalidRequest,
+        "a shard of 65536 bytes as 'nope': .*: give another dtype",
     ),
     (
         "a view of no number",
