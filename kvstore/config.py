@@ -398,6 +398,7 @@ def _overlay(tree: dict[str, Any], environ: Mapping[str, str]) -> tuple[Origins,
             if place is None and key in fields:
                 wrong = "cannot be told of which table: use KVSTORE_HBM_<DEVICE>_SIZE for each"
                 found.append((f"hbm.{key}", repr(text)[:80], wrong))
+                origins[f"hbm.{key}"] = variable
                 continue
         else:
             place = tree.setdefault(section, {})
