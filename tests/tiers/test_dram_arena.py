@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,6 +99,37 @@ def test_no_room_is_said_before_anything_is_touched(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no room"):
         DramArena.create(tmp_path / "arena", wanted)
     DramArena.open(tmp_path / "arena").close()
+
+
+OPENED_MEANWHILE = """
+import os, subprocess, sys
+from pathlib import Path
+from kvstore.tiers import dram
+
+path, holds = Path(sys.argv[1]), dram._holds
+opener = (
+    "import os, sys\\n"
+    "try: os.open(sys.argv[1], os.O_RDWR | os.O_NONBLOCK)\\n"
+    "except BlockingIOError: print('met a lease')\\n"
+)
+
+def held_while_opened(status):
+    subprocess.run([sys.executable, "-c", opener, path], check=True)
+    return holds(status)
+
+dram._holds = held_while_opened
+dram.DramArena.check_room({path: 4096})
+"""
+
+
+def test_a_client_that_opens_the_old_arena_meanwhile_does_not_end_the_daemon(
+    tmp_path: Path,
+) -> None:
+    """The kernel signals who has a lease on a file that is opened: as SIGIO, that kills."""
+    DramArena.create(tmp_path / "arena", SIZE).close()
+    command = [sys.executable, "-c", OPENED_MEANWHILE, str(tmp_path / "arena")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "met a lease\n"), done.stderr
 
 
 @pytest.mark.parametrize("size", [0, -ALIGNMENT, ALIGNMENT + 1])
