@@ -74,9 +74,7 @@ class Cache:
 
         Raises InvalidBlock, before anything is stored, for a buffer of a wrong size or kind.
         """
-        hashes = checks.listed_hashes(hashes)
-        if len(hashes) >= MANY:
-            self.client.wake()
+        hashes = self._listed(hashes)
         # Only addresses are kept below: these keep the memory itself.
         blocks = checks.listed_buffers(blocks)
         sources = self._addresses(hashes, blocks, shard, writable=False)
@@ -125,10 +123,7 @@ class Cache:
 
         The first `length` buffers of the result are verified; a lease that did not hold ends it.
         """
-        if type(hashes) is not list:
-            hashes = checks.listed_hashes(hashes)
-        if len(hashes) >= MANY:
-            self.client.wake()
+        hashes = self._listed(hashes)
         started, wait_s = time.monotonic(), checks.wait_s(deadline_s)
         into = checks.listed_buffers(into)
         targets = self._addresses(hashes, into, shard, writable=True)
@@ -313,6 +308,14 @@ class Cache:
         keys.layout = self._layout_number(session, deadline)
         keys.hash_bytes = len(hashes[0]) if hashes else 0
         keys.hashes = b"".join(hashes)
+
+    def _listed(self, hashes: Any) -> Sequence[bytes]:
+        """Hashes that a request is about to be prepared for: if they are many, the daemon can wake
+        up meanwhile."""
+        found = checks.listed_hashes(hashes)
+        if len(found) >= MANY:
+            self.client.wake()
+        return found
 
     def _ask(
         self,

@@ -92,19 +92,26 @@ def connect(
     Raises Unavailable when no daemon answers within that time, NotPermitted when the operating
     system refuses, ProtocolMismatch when the daemon speaks another version.
     """
-    if not isinstance(timeout_s, int | float) or not 0 < timeout_s <= TIMEOUT_S_MAX:
-        raise InvalidRequest(f"timeout_s is {timeout_s!r}: give seconds, more than 0, up to a day")
-    try:
-        socket_path = paths.socket_path(tenant) if path is None else Path(os.fsdecode(path))
-    except TypeError:
-        raise InvalidRequest(f"path is {path!r}: give the path of a socket, or None") from None
-    client = Client(socket_path, timeout_s, join, tenant)
+    client = unconnected(path, tenant, timeout_s, join)
     try:
         client.session(time.monotonic() + timeout_s)
     except BaseException:
         client.close()
         raise
     return client
+
+
+def unconnected(
+    path: str | os.PathLike[str] | None, tenant: str, timeout_s: float, join: str | None
+) -> Client:
+    """As `connect`, without a connection: the first call makes it."""
+    if not isinstance(timeout_s, int | float) or not 0 < timeout_s <= TIMEOUT_S_MAX:
+        raise InvalidRequest(f"timeout_s is {timeout_s!r}: give seconds, more than 0, up to a day")
+    try:
+        where = paths.socket_path(tenant) if path is None else Path(os.fsdecode(path))
+    except TypeError:
+        raise InvalidRequest(f"path is {path!r}: give the path of a socket, or None") from None
+    return Client(where, timeout_s, join, tenant)
 
 
 class Session:

@@ -13,11 +13,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
-from kvstore import paths
-from kvstore.client.client import TIMEOUT_S_MAX, Client
+from kvstore.client.client import unconnected
 from kvstore.errors import InvalidRequest, KVStoreError, LimitExceeded, SessionLost
 from kvstore.protos import kvstore_pb2 as pb
 
@@ -54,12 +52,7 @@ class Guard:
         timeout_s: float = TIMEOUT_S,
         join: str | None = None,
     ) -> None:
-        if not 0 < timeout_s <= TIMEOUT_S_MAX:
-            raise InvalidRequest(
-                f"timeout_s is {timeout_s!r}: give seconds, more than 0, up to a day"
-            )
-        where = Path(path) if path is not None else paths.socket_path(tenant)
-        self.client = Client(where, timeout_s, join, tenant)
+        self.client = unconnected(path, tenant, timeout_s, join)
         self.counts: Counter[str] = Counter(failed=0, skipped=0, defects=0)
         self._why = ""  # no daemon answers; empty while one does
         self._told: dict[str, float] = {}  # kind of line -> when it was last written

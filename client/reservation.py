@@ -39,7 +39,6 @@ class Reservation:
         self._places = places
         self._lease = lease
         self._shard = shard
-        self._ended = False
         self.indices = [at for at, answer in enumerate(status) if answer == NEW]
         self.present = status.count(PRESENT)
         self.refused = status.count(REFUSED)
@@ -84,7 +83,6 @@ class Reservation:
 
         Raises SessionLost when the connection was lost meanwhile: nothing was stored then.
         """
-        self._ended = True
         if not self._lease:
             return 0
         reply = self._end(pb.COMMIT, pb.CommitRequest, pb.CommitReply)
@@ -96,7 +94,6 @@ class Reservation:
     def abort(self) -> None:
         """Give the slots back unwritten. Does nothing when the reservation has ended, and never
         raises for a daemon that does not answer: what it does not hear of ends with the session."""
-        self._ended = True
         if self._lease:
             with contextlib.suppress(SessionLost, Unavailable):
                 self._end(pb.ABORT, pb.AbortRequest, pb.AbortReply)
@@ -108,7 +105,7 @@ class Reservation:
         return self._session.transport.call(verb, request(lease=lease), reply, deadline)
 
     def _check(self) -> None:
-        if self._ended:
+        if self.indices and not self._lease:
             raise InvalidRequest(
                 "the reservation has ended, its slots may be somebody else's: reserve again"
             )

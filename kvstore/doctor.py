@@ -33,8 +33,8 @@ from kvstore.doctor_memory import (
     check_tmpfs,
 )
 from kvstore.errors import InvalidConfig, KVStoreError
-from kvstore.filesystems import text_of
-from kvstore.findings import Finding, Host, in_mib, nearest_folder
+from kvstore.filesystems import nearest_folder, text_of
+from kvstore.findings import Finding, Host, in_mib
 from kvstore.types import SLOT_ALIGNMENT
 
 __all__ = ["Finding", "Host", "as_json", "examine"]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from kvstore import filesystems, numa
 from kvstore.config import Config
-from kvstore.filesystems import Pool, text_of
-from kvstore.findings import Finding, Host, in_mib, mount_of, nearest_folder
+from kvstore.filesystems import Pool, nearest_folder, text_of
+from kvstore.findings import Finding, Host, in_mib, mount_of
 from kvstore.types import KIB, MIB
 from kvstore.units import format_size
 

@@ -67,6 +67,11 @@ def text_of(path: Path) -> str:
         return ""
 
 
+def nearest_folder(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next((one for one in (path, *path.parents) if os.path.isdir(one)), Path("/"))
+
+
 def room(path: Path) -> tuple[int, int]:
     """Bytes that the file system at `path` has in all, and free (our files there count as free).
 
@@ -74,15 +79,15 @@ def room(path: Path) -> tuple[int, int]:
     (0, 0) when the system does not say.
     """
     try:
-        stat = os.statvfs(next(one for one in (path, *path.parents) if os.path.isdir(one)))
+        found = os.statvfs(nearest_folder(path))
         files = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
         held = sum(one.lstat().st_blocks * 512 for one in files)
     except OSError:
         return 0, 0
-    if not stat.f_blocks and (page := page_bytes(path)):
-        found = pool(page)
-        return (found.total + found.spare) * page, found.available * page + held
-    return stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize + held
+    if not found.f_blocks and (page := page_bytes(path)):
+        pages = pool(page)
+        return (pages.total + pages.spare) * page, pages.available * page + held
+    return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize + held
 
 
 def in_the_way(path: Path) -> Path | None:

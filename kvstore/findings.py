@@ -50,11 +50,6 @@ def mount_of(host: Host, path: Path) -> tuple[str, str, list[str]]:
     return best
 
 
-def nearest_folder(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
-    return next((one for one in (path, *path.parents) if os.path.isdir(one)), Path("/"))
-
-
 def in_mib(count: int) -> str:
     """Bytes for people: exact in MiB where that is whole, else rounded down."""
     return format_size(count) if count % MIB == 0 or count < MIB else f"{count // MIB} MiB"

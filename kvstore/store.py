@@ -179,7 +179,7 @@ class Store:
 
     def _drop(self, blocks: list[int], reason: str) -> None:
         self.room.doom(blocks, reason)
-        self._writes.forgotten(blocks)
+        self._writes.give_up_idle(blocks)
 
     # -- what happened -------------------------------------------------------------------------
 

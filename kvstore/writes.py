@@ -94,7 +94,7 @@ class Writes:
         if shard is not None:  # before making room: what is claimed is not given up
             self._claim([entry.index[keys[at]] for at in claimed], shard)
         elif self._idle_parts:
-            self._give_up_parts(entry, [keys[at] for at in fresh])
+            self.give_up_idle(entry.index.get(keys[at]) for at in fresh)
         blocks = self._rows(entry, [keys[at] for at in fresh])
         flags, index = self.catalog.flags, entry.index
         offer = Offer.of(entry, context, keys, fresh, hints)
@@ -211,9 +211,10 @@ class Writes:
             over.append(block)
         self.placement.unwrite(over)
 
-    def forgotten(self, blocks: Iterable[int]) -> None:
-        """These blocks were doomed: those of them that nobody works on are over at once."""
-        idle = [block for block in blocks if block in self._idle_parts]
+    def give_up_idle(self, blocks: Iterable[int | None]) -> None:
+        """These blocks were doomed, or somebody has them whole: those of which some shards are
+        written and that nobody works on are over at once."""
+        idle = [block for block in blocks if block is not None and block in self._idle_parts]
         for block in idle:
             del self._idle_parts[block], self._parts[block]
         if idle:
@@ -258,14 +259,6 @@ class Writes:
             status[at] = PRESENT
             present.append(block)
         return claimed, fresh, present
-
-    def _give_up_parts(self, entry: LayoutEntry, keys: Sequence[bytes]) -> None:
-        """Somebody has these blocks whole: those that nobody works on are not waited for."""
-        known = map(entry.index.get, keys)
-        idle = [block for block in known if block is not None and block in self._idle_parts]
-        for block in idle:
-            del self._idle_parts[block], self._parts[block]
-        self.placement.unwrite(idle)
 
     def _rows(self, entry: LayoutEntry, keys: list[bytes]) -> list[int]:
         """Rows for new keys; a block that is on a fenced device keeps the row that it has."""

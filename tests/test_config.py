@@ -17,6 +17,7 @@ from kvstore import config, filesystems
 from kvstore.config import Config
 from kvstore.errors import InvalidConfig
 from kvstore.types import GIB, MIB
+from tests.config_tree import config_tree
 
 # The example of the public surface, less [[hbm]] and shrunk to fit into any host.
 EXAMPLE = """
@@ -40,12 +41,7 @@ nvme_quota = "100%"
 
 @pytest.fixture
 def base(tmp_path: Path) -> dict[str, Any]:
-    """A small configuration that every host can run."""
-    return {
-        "daemon": {"run_dir": "/run/kv"},
-        "dram": {"path": str(tmp_path / "shm"), "size": "64 MiB"},
-        "nvme": {"paths": [str(tmp_path / "disk")], "size": "128 MiB"},
-    }
+    return config_tree(tmp_path)
 
 
 @pytest.fixture

@@ -10,15 +10,12 @@ import pytest
 from kvstore import config, paths
 from kvstore.errors import InvalidConfig
 from kvstore.types import GIB
+from tests.config_tree import config_tree
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> dict[str, Any]:
-    return {
-        "daemon": {"run_dir": "/run/kv"},
-        "dram": {"path": str(tmp_path / "shm"), "size": "64 MiB"},
-        "nvme": {"paths": [str(tmp_path / "disk")], "size": "128 MiB"},
-    }
+    return config_tree(tmp_path)
 
 
 @pytest.mark.parametrize("key", ["daemon.run_dir", "dram.path"])

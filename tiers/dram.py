@@ -206,8 +206,7 @@ def _set_free_with(path: Path) -> int:
 def _check_room(path: Path, size_bytes: int, page_bytes: int, old_bytes: int = 0) -> None:
     """Raises OSError when the filesystem of `path` cannot hold so many bytes, after `old_bytes` of
     it have become free."""
-    there = next(one for one in path.parents if one.exists())
-    room = os.statvfs(there)
+    room = os.statvfs(filesystems.nearest_folder(path.parent))
     available = room.f_bavail * room.f_frsize + old_bytes
     if (room.f_blocks or not page_bytes) and available < size_bytes:
         text = (
