@@ -13,18 +13,26 @@ from collections.abc import Callable
 from kvstore.spin import Spin
 
 REST_S = 0.0002  # without a request, before work that was put off is done
+LONGER = 4  # windows: it stays awake for so long while requests come that far apart
 
 Work = Callable[[], bool]
 
 
 class BusyPoll:
     """One for each loop. While it spins, the loop looks for events without sleeping, and serves
-    them all in turn; nothing else is held up."""
+    them all in turn; nothing else is held up.
+
+    A client that copies one block between two requests may be away for longer than a window. So
+    after a request that came a few windows after the one before, it stays awake for those; until
+    one comes later than that.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, window_s: float) -> None:
         self._loop = loop
         self._spin = Spin(window_s)
-        self._until = 0.0
+        self._window_s = window_s
+        self._served_at = self._until = 0.0
+        self._longer = False  # whether it stays awake for more than a window
         self._rest_s = min(REST_S, window_s / 2)
         self._spinning = False
         self._work: dict[Work, None] = {}
@@ -38,12 +46,17 @@ class BusyPoll:
 
     def served(self) -> None:
         """A request has been served; another may follow soon."""
+        now, window_s = time.monotonic(), self._window_s
+        away_s, self._served_at = now - self._served_at, now
+        if away_s > window_s:
+            self._longer = away_s <= window_s * LONGER
+        if self._longer:
+            window_s *= LONGER
+        self._until = now + window_s
         if self._spinning:
             self._spin.found()
-            self._until = time.monotonic() + self._spin.window_s
         elif self._spin.pays():
             self._spinning = True
-            self._until = time.monotonic() + self._spin.window_s
             self._loop.call_soon(self._again)
 
     def _again(self) -> None:
@@ -54,7 +67,7 @@ class BusyPoll:
 
     def _do_some(self) -> None:
         now = time.monotonic()
-        if self._work and self._until - now < self._spin.window_s - self._rest_s:
+        if self._work and now - self._served_at > self._rest_s:
             work = next(iter(self._work))
             del self._work[work]
             if work():

@@ -130,7 +130,7 @@ class Nvme(Section):
     write_budget: Annotated[float | None, PlainValidator(parse_rate)] = "unlimited"  # type: ignore[assignment]
     sync_interval: Seconds = Field(default=1.0, ge=0.001, le=3600, description='"1 ms" to "1 h"')
     hang_timeout: Seconds = Field(default=5.0, ge=0.05, le=3600, description='"50 ms" to "1 h"')
-    threads: int = _whole(8, 256)  # enough in flight for one device
+    threads: int = _whole(8, 256)  # write at a time: enough in flight for one device
     queue_depth: int = _whole(32, 65_536)  # moves waiting, per tenant; more are refused
 
 

@@ -25,13 +25,18 @@ HERE = tuple(kind for kind in MoveKind if kind is not MoveKind.CLIMB)
 Report = Callable[[Move, Outcome, str], None]
 
 
+def workers(threads: int) -> int:
+    """How many carry out moves of any kind where `threads` may write at a time."""
+    return threads + max(1, threads // 4)
+
+
 class Mover:
     """Worker threads over one arena and one NVMe tier, or over the arena alone.
 
-    Spills and checks may occupy three quarters of the workers, so that a load never waits for a
-    slow write to end; their checksums half of the processors, so that neither the loop nor clients
-    wait for one. One worker more does only what needs no device: while the device hangs, what is in
-    DRAM can still be proved. Copies to GPUs have a worker for themselves, which the others know
+    So many spills and checks as there are `threads` may be under way, and a quarter more workers
+    are there for loads, which so never wait for a slow write to end; checksums of spills occupy
+    half of the processors, so that neither the loop nor clients wait for one. One worker more does
+    only what needs no device: while the device hangs, what is in DRAM can still be proved. Copies to GPUs have a worker for themselves, which the others know
     nothing of. The queue is bounded by whoever orders: the store has a bound on each kind.
     """
 
@@ -52,13 +57,13 @@ class Mover:
         self._queues: tuple[deque[Move], ...] = tuple(deque() for _ in MoveKind)
         self._wake = threading.Condition()
         self._lazy_running = 0
-        self._lazy_most = max(1, threads - max(1, threads // 4))
+        self._lazy_most = threads
         self._closing = False
         self._threads = [
             threading.Thread(
                 target=self._work, args=(kinds,), name=f"mover-{name}-{at}", daemon=True
             )
-            for at, kinds in enumerate([IN_MEMORY] + [HERE] * (threads if nvme else 0))
+            for at, kinds in enumerate([IN_MEMORY] + [HERE] * (workers(threads) if nvme else 0))
         ]
         self._climbs: queue.SimpleQueue[Move | None] = queue.SimpleQueue()
         if hbm:

@@ -10,7 +10,7 @@ from typing import cast
 import pytest
 
 from kvstore import busy_poll
-from kvstore.busy_poll import REST_S, BusyPoll
+from kvstore.busy_poll import LONGER, REST_S, BusyPoll
 from tests.loop_by_hand import Loop
 
 WINDOW_S = 0.001
@@ -122,6 +122,42 @@ def test_work_that_fails_is_not_the_end(loop: Loop, clock: Clock) -> None:
     while loop.soon:
         loop.step()
     assert not poll.later(fail), "it sleeps now"
+
+
+def awake_for(poll: BusyPoll, loop: Loop, clock: Clock) -> float:
+    """A request comes now; for how many windows the loop stays awake after it."""
+    poll.served()
+    started, step_s = clock.now, WINDOW_S / 16
+    while loop.soon:
+        loop.step()
+        clock.now += step_s
+    return (clock.now - started) / WINDOW_S
+
+
+def test_it_waits_for_who_is_away_for_longer(loop: Loop, clock: Clock) -> None:
+    poll = awake(loop)
+    assert awake_for(poll, loop, clock) == pytest.approx(1, abs=0.2)
+    clock.now += WINDOW_S  # a request two windows after the last one
+    for _ in range(2):
+        assert awake_for(poll, loop, clock) == pytest.approx(LONGER, abs=0.2)
+        clock.now -= WINDOW_S
+    clock.now += 2 * WINDOW_S
+    assert awake_for(poll, loop, clock) == pytest.approx(1, abs=0.2), "that was in vain"
+
+
+def test_requests_that_follow_at_once_change_nothing(loop: Loop, clock: Clock) -> None:
+    poll = awake(loop)
+    for away_windows, expected in (
+        (2, LONGER),
+        (0.5, LONGER),
+        (10, 1),
+        (0.5, 1),
+        (LONGER - 1, LONGER),
+    ):
+        poll.served()
+        clock.now += away_windows * WINDOW_S
+        poll.served()
+        assert poll._until - clock.now == pytest.approx(expected * WINDOW_S)
 
 
 @pytest.mark.parametrize("window_s", [0.0, WINDOW_S])

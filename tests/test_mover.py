@@ -103,8 +103,7 @@ def test_a_load_does_not_wait_for_spills() -> None:
     arena, drive, reports = Memory(), Memory(), Reports()
     with mover(arena, drive, reports) as at_work:
         at_work.submit([move(MoveKind.SPILL, block) for block in range(8)])
-        most = THREADS - THREADS // 4
-        for _ in range(most):
+        for _ in range(THREADS):
             assert drive.writing.acquire(timeout=WAIT_S)
         at_work.submit([move(MoveKind.LOAD, 9, sums=sums(9, drive))])
         assert reports.wait(1) == [(MoveKind.LOAD, 9, Outcome.DONE)]

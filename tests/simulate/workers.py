@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvstore.carrier import Carrier
-from kvstore.mover import IN_MEMORY
+from kvstore.mover import IN_MEMORY, workers
 from kvstore.orders import LAZY, Move, MoveKind, Outcome
 from kvstore.types import SLOT_ALIGNMENT
 from tests.simulate.clock import Process
@@ -46,9 +46,9 @@ class Workers:
         self._chance = chance
         self._marks = marks
         self._report = report
-        self._workers = threads + 1 if drive is not None else 1
+        self._workers = workers(threads) + 1 if drive is not None else 1
         self._idle = list(range(self._workers))  # 0 does only what needs no device
-        self._lazy_most = max(1, threads - max(1, threads // 4))
+        self._lazy_most = threads
         self._lazy_running = 0
         self._queues: tuple[deque[Move], ...] = tuple(deque() for _ in MoveKind)
         self._carrier = Carrier(arena, drive)
