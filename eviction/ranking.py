@@ -224,6 +224,7 @@ class Ranking:
         """Leaves of all classes, least worthy first. `ends` has what the first of each heap was
         worth when it was looked at last: what comes out is looked at again."""
         cohort, kinds = self._blocks.cohort, self._hazard.cohorts.kind
+        queued, gone, aside = self.columns.queued, self._gone, self._aside
         ends, known = self._ends(now), self._ends_worth
         while ends:
             worth, kind, young = heapq.heappop(ends)
@@ -238,7 +239,14 @@ class Ranking:
             self._entries -= 1
             while True:
                 of = cohort[key]
-                key = yield from self._name(key)
+                queued[key] = NONE  # as `_name`, which would be called for each block
+                aside[key] = None
+                if (yield key):
+                    key = NONE
+                    break
+                del aside[key]
+                gone[key] = None
+                key = self._take_off(key)
                 if key == NONE or cohort[key] != of:
                     break  # else: the tail of a request leaves as one
             heapq.heappush(ends, (first, kind, young))

@@ -77,6 +77,8 @@ class Sums:
         """Rows at the end."""
         first = len(self._single)
         self._single.extend(array("Q", bytes(8 * len(sums))))
+        if not any(sums):
+            return
         if all(sums) and set(map(len, sums)) == {8}:  # type: ignore[arg-type]  # none is None
             packed = array("Q", b"".join(sums))  # type: ignore[arg-type]
             if sys.byteorder == "big":

@@ -33,8 +33,8 @@ def test_the_quick_benchmark_reports_all_figures() -> None:
         assert word in names
     assert len(tree["figures"]) == 14
     assert all(figure["value"] > 0 for figure in tree["figures"])
-    assert [figure["name"].split(" of")[0] for figure in tree["figures"] if figure["ok"] is None] == [
-        "put and spill"
-    ]
+    assert [
+        figure["name"].split(" of")[0] for figure in tree["figures"] if figure["ok"] is None
+    ] == ["put and spill"]
     assert tree["ok"] == all(figure["ok"] is not False for figure in tree["figures"])
     assert done.returncode == (0 if tree["ok"] else 1)

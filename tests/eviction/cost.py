@@ -197,9 +197,10 @@ def resident_bytes(name: str) -> int:
     return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
 
 
-def both(policy: str, blocks: int, length: int) -> tuple[Cost, Cost]:
-    """In the brain, and bare. Best in a fresh process: then its memory is that of the former."""
-    return cost(Brain, policy, blocks, length), cost(Bare, policy, blocks, length)
+def alone(make: type[Brain] | type[Bare], policy: str, blocks: int, length: int) -> Cost:
+    """In a fresh process, whose memory is then all its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(cost, (make, policy, blocks, length))
 
 
 def profile(policy: str, blocks: int, length: int) -> None:
@@ -234,8 +235,7 @@ def main() -> int:
     headings = ("policy", "chain", "access", "eviction", "both", "bare both", "bytes/block")
     sys.stdout.write("  ".join(f"{word:>11}" for word in headings) + "\n")
     for policy, length in itertools.product(policies, CHAINS):
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            whole, bare = pool.apply(both, (policy, options.blocks, length))
+        whole, bare = (alone(make, policy, options.blocks, length) for make in (Brain, Bare))
         cells = (whole.access, whole.eviction, whole.both, bare.both, whole.memory)
         bar = BARS_US.get(policy)
         missed |= bar is not None and whole.both > bar
