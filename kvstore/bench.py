@@ -289,29 +289,14 @@ def _nvme(folder: Path, rounds: int, quick: bool, digest: Any) -> list[Figure]:
             for _ in range(max(3, rounds // 2)):
                 cache.forget(hashes)
                 writes.append(raw.write())
-                started = time.perf_counter()
-                for at in range(0, count, 16):
-                    cache.put(hashes[at : at + 16], buffers.sources[at : at + 16], deadline_s=30)
-                _wait_spilled(client)
-                puts.append(writes[-1] / (time.perf_counter() - started))
+                puts.append(writes[-1] / _put_and_spill(client, cache, hashes, buffers))
                 cache.forget(hashes)
                 writes.append(raw.write())
-                written = cache.reserve(hashes)
-                for at, source in enumerate(buffers.sources):
-                    written.numpy(at)[:] = source
-                started = time.perf_counter()
-                written.commit()
-                _wait_spilled(client)
-                spills.append(writes[-1] / (time.perf_counter() - started))
+                spills.append(writes[-1] / _spill(client, cache, hashes, buffers))
                 _push_out(other, buffers, 384)
                 _wait_spilled(client)
                 reads.append(raw.read())
-                buffers.target.fill(0)
-                started = time.perf_counter()
-                got = cache.get(hashes, buffers.targets, deadline_s=30)
-                reloads.append(reads[-1] / (time.perf_counter() - started))
-                if got.length != count or got.tiers["nvme"] != count:
-                    raise InternalError(f"not all blocks came from NVMe: {got}")
+                reloads.append(reads[-1] / _reload(cache, hashes, buffers))
                 _check_equal(buffers, digest)
                 other.forget(_hashes("push", 384))
             client.close()
@@ -334,6 +319,39 @@ def _nvme(folder: Path, rounds: int, quick: bool, digest: Any) -> list[Figure]:
             ("reload", reloads, reads, 0.90),
         )
     ]
+
+
+def _put_and_spill(client: Client, cache: Cache, hashes: list[bytes], buffers: Buffers) -> float:
+    """Seconds from the first put until all is on the device."""
+    started = time.perf_counter()
+    for at in range(0, len(hashes), 16):
+        cache.put(hashes[at : at + 16], buffers.sources[at : at + 16], deadline_s=30)
+    _wait_spilled(client)
+    return time.perf_counter() - started
+
+
+def _spill(client: Client, cache: Cache, hashes: list[bytes], buffers: Buffers) -> float:
+    """Seconds from the commit of blocks that lie in DRAM until all is on the device."""
+    written = cache.reserve(hashes)
+    if len(written) != len(hashes):
+        raise InternalError(f"{written.refused} blocks of the benchmark found no room")
+    for at, source in enumerate(buffers.sources):
+        written.numpy(at)[:] = source
+    started = time.perf_counter()
+    written.commit()
+    _wait_spilled(client)
+    return time.perf_counter() - started
+
+
+def _reload(cache: Cache, hashes: list[bytes], buffers: Buffers) -> float:
+    """Seconds of a get of blocks of which all are on the device alone."""
+    buffers.target.fill(0)
+    started = time.perf_counter()
+    got = cache.get(hashes, buffers.targets, deadline_s=30)
+    seconds = time.perf_counter() - started
+    if got.length != len(hashes) or got.tiers["nvme"] != len(hashes):
+        raise InternalError(f"not all blocks came from NVMe: {got}")
+    return seconds
 
 
 def _push_out(other: Cache, buffers: Buffers, count: int) -> None:

@@ -34,10 +34,11 @@ class Mover:
     """Worker threads over one arena and one NVMe tier, or over the arena alone.
 
     So many spills and checks as there are `threads` may be under way, and a quarter more workers
-    are there for loads, which so never wait for a slow write to end; checksums of spills occupy
+    are there for loads, which so never wait for a slow write to end. Checksums of spills occupy
     half of the processors, so that neither the loop nor clients wait for one. One worker more does
-    only what needs no device: while the device hangs, what is in DRAM can still be proved. Copies to GPUs have a worker for themselves, which the others know
-    nothing of. The queue is bounded by whoever orders: the store has a bound on each kind.
+    only what needs no device: while the device hangs, what is in DRAM can still be proved. Copies
+    to GPUs have a worker for themselves, which the others know nothing of. The queue is bounded by
+    whoever orders: the store has a bound on each kind.
     """
 
     def __init__(
