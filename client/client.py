@@ -182,9 +182,12 @@ class Client:
         stats: Stats = Stats.of(json.loads(reply.json))
         return stats
 
-    def clear(self) -> int:
-        """Drop every block of the tenant; returns how many there were."""
-        forgotten: int = self.call(pb.CLEAR, pb.ClearRequest(), pb.ClearReply).forgotten
+    def clear(self, deadline_s: float | None = None) -> int:
+        """Drop every block of the tenant; returns how many there were. Others are served meanwhile:
+        a million blocks take some seconds. None: the client's timeout; what was asked goes on."""
+        wait_s = self.timeout_s if deadline_s is None else checks.wait_s(deadline_s, TIMEOUT_S_MAX)
+        end = time.monotonic() + wait_s
+        forgotten: int = self.call(pb.CLEAR, pb.ClearRequest(), pb.ClearReply, end).forgotten
         return forgotten
 
     def verify(self, deadline_s: float = 3_600.0) -> tuple[int, int, int]:

@@ -189,9 +189,13 @@ class Catalog:
         if surplus <= 0:
             return
         # Some more at once: finding the first of a dict costs what was taken out before it.
-        gone = list(islice(self.ghosts, min(len(self.ghosts), surplus + most // 16)))
-        for block in gone:
-            del self.ghosts[block]
+        self.forget_ghosts_among(
+            list(islice(self.ghosts, min(len(self.ghosts), surplus + most // 16)))
+        )
+
+    def forget_ghosts_among(self, blocks: Iterable[int]) -> None:
+        """Those of these blocks that are nowhere are not remembered any more."""
+        gone = [block for block in blocks if self.ghosts.pop(block, None) is not None]
         self.hide(gone)
         self.drop(gone)
 

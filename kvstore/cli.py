@@ -36,6 +36,7 @@ WATCH_S = 2.0
 WATCH_S_BOUNDS = (0.1, 86_400.0)
 TTL_S_BOUNDS = (0.001, 10 * 366 * 86_400.0)
 PINNED = 100
+CLEAR_S = 600.0  # of many million blocks
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -286,7 +287,7 @@ def clear(yes: bool) -> int:
             question = f"Drop all {known:,} blocks of tenant {tenant}?"
             if not click.confirm(question, err=True):
                 return _fail("nothing was dropped: answer y to drop", FAILED)
-        click.echo(f"dropped {client.clear():,} blocks of tenant {tenant}")
+        click.echo(f"dropped {client.clear(CLEAR_S):,} blocks of tenant {tenant}")
     return DONE
 
 

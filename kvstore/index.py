@@ -31,6 +31,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ FILE_NAME = "index.mdb"
 VERSION = 1
 MAP_BYTES = 1 << 30  # address space, not memory; doubled when full
 PENDING_MAX = 8192  # more than these do not wait for the interval
-BATCH_MAX = 1 << 16  # records of one transaction: bounds its memory
+BATCH_MAX = 1 << 14  # records of one transaction: the loop waits while they are sorted
 BACKOFF_S_MIN, BACKOFF_S_MAX = 0.1, 60.0
 
 
@@ -248,9 +249,9 @@ class Index:
         self._before_commit()
         if self._env is None:
             self._open()
-        records = sorted(self._taken.items())
-        for start in range(0, max(1, len(records)), BATCH_MAX):
-            batch = records[start : start + BATCH_MAX]
+        records = iter(self._taken.items())
+        for _ in range(0, max(1, len(self._taken)), BATCH_MAX):
+            batch = sorted(islice(records, BATCH_MAX))
             while True:
                 try:
                     self._write(batch)
@@ -274,8 +275,10 @@ class Index:
         self._say(None)
         with self._wake:
             self._durable = self._taken_mark
-            self._taken, self._taken_layouts = {}, {}
+            done, self._taken, self._taken_layouts = self._taken, {}, {}
             self._wake.notify_all()
+        while done:  # to drop many at once would hold the interpreter
+            done.popitem()
 
     def _failed(self, error: Exception) -> None:
         """Keep what was taken for another try, with an environment opened anew."""

@@ -17,11 +17,10 @@ from collections.abc import Callable, Iterable, Sequence
 from struct import unpack
 from typing import Any
 
-import structlog
-
 from kvstore import types
 from kvstore.accesses import Hints
 from kvstore.catalog import LayoutEntry
+from kvstore.clearing import Clearing
 from kvstore.collaborators import Doors, Hands, ServiceInfo
 from kvstore.drains import Drains
 from kvstore.errors import (
@@ -49,8 +48,6 @@ Answer = Callable[[Any], None]
 READ_VERBS = frozenset((pb.LOOKUP, pb.ACQUIRE, pb.RELEASE, pb.USED))
 MARK_VERBS = frozenset((pb.RESERVE, pb.COMMIT, pb.FORGET, pb.CLEAR))
 
-log = structlog.get_logger()
-
 
 class Service:
     """The service object of one tenant; both doors hold the same one."""
@@ -74,6 +71,7 @@ class Service:
         self._verification = Verification(store)
         self.tidings = Tidings(info.tenant, store.placement)
         self._drains = Drains(store, self._loop)
+        self.clearing = Clearing(store, self._loop, self.settle)
         self.recording = Recording(store)
         self.doors: Doors | None = None  # told when they are there
         # Does work a piece at a time in quiet moments; False when it does not: see BusyPoll.
@@ -211,12 +209,7 @@ class Service:
         now = self._now()
         for move, outcome, problem in ended:
             if outcome is Outcome.CORRUPT:
-                log.warning(
-                    "damaged block dropped",
-                    tenant=self.info.tenant,
-                    hash=move.key.hex(),
-                    offset=move.nvme * SLOT_ALIGNMENT,
-                )
+                self.tidings.damaged(move)
             if problem:
                 self.tidings.failed(move, problem)
             self.store.finished(move, outcome, now)
@@ -234,11 +227,11 @@ class Service:
         self._drains.go_on(self._now())
 
     def idle(self) -> bool:
-        """Whether nothing is under way: no spill left to be done, no load."""
+        """Whether nothing is under way: no spill or load, nothing to be cleared."""
         placement = self.store.placement
         placement.pump(self._now())
         self._carry_out()
-        return not (placement.spills or placement.loads)
+        return not (placement.spills or placement.loads or self.clearing.runs)
 
     # -- verbs ---------------------------------------------------------------------------------
 
@@ -318,7 +311,7 @@ class Service:
 
     def _clear(self, session: Session, request: Any, answer: Answer) -> Any:
         self.requests["clear"] += 1
-        return pb.ClearReply(forgotten=self.store.clear())
+        return self.clearing.begin(answer)
 
     def _verify(self, session: Session, request: Any, answer: Answer) -> Any:
         self.requests["verify"] += 1

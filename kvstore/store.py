@@ -163,15 +163,18 @@ class Store:
         self._drop(found, "forgotten")
         return len(found)
 
-    def clear(self) -> int:
-        """Drop every block; returns how many there were."""
-        count = 0
-        for entry in self.catalog.layouts:
-            found = self._somewhere(entry.index.values())
-            self._drop(found, "cleared")
-            count += len(found)
-        self.catalog.forget_ghosts(0)
-        return count
+    def clear(self, rows: range) -> int:
+        """Drop the blocks in these rows of the catalog, and remember nothing of what was there;
+        returns how many there were."""
+        flags, layout = self.catalog.flags, self.catalog.layout
+        found: dict[int, list[int]] = {}
+        for row in rows:
+            if flags[row] and not flags[row] & DOOMED:
+                found.setdefault(layout[row], []).append(row)
+        self.catalog.forget_ghosts_among(rows)
+        for blocks in found.values():
+            self._drop(blocks, "cleared")
+        return sum(map(len, found.values()))
 
     def _somewhere(self, rows: Iterable[int | None]) -> list[int]:
         flags = self.catalog.flags

@@ -245,6 +245,7 @@ class Tenant:
         self.store.save_all(self._loop.time())
         while not self.service.idle() and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
+        self.service.clearing.close()
         left = self.store.placement.spills + self._mover.queued()
         clean = await asyncio.to_thread(self._close_disk)
         for gpu in self._gpus if clean else ():

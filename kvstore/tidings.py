@@ -1,4 +1,4 @@
-"""What becomes of a tenant's devices, told in the log once for each change."""
+"""What becomes of a tenant's devices, told in the log once for each change; damage, each time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import structlog
 
 from kvstore.orders import Move, MoveKind
 from kvstore.placement import Placement
+from kvstore.types import SLOT_ALIGNMENT
 
 log = structlog.get_logger()
 
@@ -25,6 +26,15 @@ class Tidings:
         what = "copy to a GPU failed" if move.kind is MoveKind.CLIMB else "NVMe operation failed"
         log.error(what, tenant=self._tenant, problem=problem)
         self._problem = problem
+
+    def damaged(self, move: Move) -> None:
+        """Bytes were not what was stored."""
+        log.warning(
+            "damaged block dropped",
+            tenant=self._tenant,
+            hash=move.key.hex(),
+            offset=move.nvme * SLOT_ALIGNMENT,
+        )
 
     def unopened(self, problem: str) -> None:
         """The NVMe tier is fenced from the start."""

@@ -70,6 +70,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
         (
             "adoption",
             "carrier",
+            "clearing",
             "collaborators",
             "config",
             "config_checks",

@@ -307,7 +307,7 @@ class World(Books):
         ]
         for name in known:
             self._forget(name)
-        assert self.store.clear() == len(known)
+        assert self.store.clear(range(len(self.store.catalog.keys))) == len(known)
         assert not any(entry.index for entry in self.entries)
 
     # -- hands ---------------------------------------------------------------------------------

@@ -242,7 +242,7 @@ class Checks:
         for block, flags in enumerate(catalog.flags):
             assert not catalog.pins[block] and not store.room.held(block), "held for nobody"
             assert not flags & (LOADING | SPILLING | DOOMED), f"block {block} is not at rest"
-        store.clear()
+        store.clear(range(len(catalog.keys)))
         daemon.service.settle()
         store.check()
         assert store.room.dram.used_bytes == store.room.nvme.used_bytes == 0, "slots leaked"

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from tests.simulate.world import World
 
 TICK_S = 0.5
+CLEARED_AT_ONCE = 5
 
 
 @dataclasses.dataclass
@@ -88,6 +89,7 @@ class Daemon:
         asyncio._set_running_loop(loop)
         try:
             self.service = Service(self.store, self.hands, info, lambda: b"{}")
+            self.service.clearing.at_once = CLEARED_AT_ONCE
         finally:
             asyncio._set_running_loop(None)
         self.workers = self._start_workers()
@@ -191,6 +193,7 @@ class Daemon:
             or self.store.counters.quarantined
             or self.workers.busy()
             or self._door._ended
+            or self.service.clearing.runs
             or (placement.health.present and not placement.health.ok)
         )
 

@@ -73,9 +73,16 @@ class Ledger:
             for version in self._known.get(name, {}).values():
                 version.died = min(version.died, moment)
 
-    def names(self) -> list[Name]:
-        """All under which anything was ever committed."""
-        return list(self._known)
+    def living(self) -> list[Version]:
+        """All that was committed and not forgotten."""
+        known = (version for versions in self._known.values() for version in versions.values())
+        return [version for version in known if version.died == NEVER]
+
+    def cleared(self, versions: Sequence[Version], moment: int) -> None:
+        """The daemon has dropped these by now, one after the other since it was asked to."""
+        self.last_forgotten = moment, list(self._known)
+        for version in versions:
+            version.died = min(version.died, moment)
 
     def revived(self, names: Iterable[Name]) -> None:
         """A restart may have brought back what had been forgotten."""

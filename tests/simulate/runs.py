@@ -22,6 +22,7 @@ MARKS = {
     "copy void",
     "corrupt load",
     "corrupt prove",
+    "cleared in pieces",
     "corrupt spill",
     "corrupt sum",
     "corrupt verify",

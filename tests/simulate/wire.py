@@ -34,6 +34,7 @@ class Asked:
     until: float  # the answer is due
     stops: int
     written: Writing | None = None  # what a commit is about
+    cleared: list[Version] = dataclasses.field(default_factory=list)  # what a clear is about
 
 
 class Connection:
@@ -162,13 +163,15 @@ class Connection:
             return
         request = daemon.service._verbs[verb][1].FromString(payload)
         wait_s = getattr(request, "deadline_s", 0.0)
-        if verb in (pb.VERIFY, pb.DRAIN):
+        if verb in (pb.CLEAR, pb.VERIFY, pb.DRAIN):
             wait_s = float("inf")
         asked = Asked(
             verb, request, names, take, world.moment(), world.clock.now + wait_s, daemon.stops
         )
         if verb == pb.COMMIT and not daemon.service._parking:
             asked.written = self.writes.get(request.lease)
+        if verb == pb.CLEAR:
+            asked.cleared = world.ledger.living()
         self._note(verb, request, names)
         self.asked.append(asked)
         try:
@@ -179,6 +182,8 @@ class Connection:
             reply = error
         if reply is not None:
             self._answer(asked, reply)
+        elif verb == pb.CLEAR:
+            world.marks["cleared in pieces"] += 1
         daemon.fuse.burn()
         daemon.service.settle_later(verb)
 
@@ -193,8 +198,6 @@ class Connection:
             self.writes.pop(request.lease, None)
         elif verb == pb.FORGET:
             ledger.forgotten(names, moment)
-        elif verb == pb.CLEAR:
-            ledger.forgotten(ledger.names(), moment)
 
     def _attach(self, payload: bytes, take: Callable[[Any], None] | None) -> None:
         reply: Any
@@ -225,6 +228,8 @@ class Connection:
             self._check_committed(asked.written, reply)
         elif asked.verb == pb.ACQUIRE:
             self._granted_read(asked, reply)
+        elif asked.verb == pb.CLEAR:
+            self.world.ledger.cleared(asked.cleared, self.world.moment())
         if asked.take is not None:
             self._to_client(self._arrived, asked.take, reply)
 
