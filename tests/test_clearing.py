@@ -24,8 +24,8 @@ class SoonLoop(Loop):
 class Room:
     """A store with a loop around it."""
 
-    def __init__(self, **sizes: int) -> None:
-        self.desk = Desk(**sizes)
+    def __init__(self, dram: int) -> None:
+        self.desk = Desk(dram)
         self.entry = self.desk.layout()
         self.loop = SoonLoop()
         self.answers: list[int] = []
