@@ -14,6 +14,7 @@ from kvstore.spin import Spin
 
 REST_S = 0.0002  # without a request, before work that was put off is done
 LONGER = 4  # windows: it stays awake for so long while requests come that far apart
+BARRED = 256  # requests after which it does so again, once somebody else needed the processor
 
 Work = Callable[[], bool]
 
@@ -24,7 +25,8 @@ class BusyPoll:
 
     A client that copies one block between two requests may be away for longer than a window. So
     after a request that came a few windows after the one before, it stays awake for those; until
-    one comes later than that.
+    one comes later than that, or it is not let run for a window: then it takes the processor from
+    others, perhaps from that client.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, window_s: float) -> None:
@@ -33,6 +35,8 @@ class BusyPoll:
         self._window_s = window_s
         self._served_at = self._until = 0.0
         self._longer = False  # whether it stays awake for more than a window
+        self._barred = 0  # requests for which it does not
+        self._looked_at = 0.0  # for events, last
         self._rest_s = min(REST_S, window_s / 2)
         self._spinning = False
         self._work: dict[Work, None] = {}
@@ -47,10 +51,12 @@ class BusyPoll:
     def served(self) -> None:
         """A request has been served; another may follow soon."""
         now, window_s = time.monotonic(), self._window_s
-        away_s, self._served_at = now - self._served_at, now
+        away_s, self._served_at, self._looked_at = now - self._served_at, now, now
         if away_s > window_s:
             self._longer = away_s <= window_s * LONGER
-        if self._longer:
+        if self._barred:
+            self._barred -= 1
+        elif self._longer:
             window_s *= LONGER
         self._until = now + window_s
         if self._spinning:
@@ -60,6 +66,9 @@ class BusyPoll:
             self._loop.call_soon(self._again)
 
     def _again(self) -> None:
+        if time.monotonic() - self._looked_at > self._window_s:
+            self._barred = BARRED
+            self._until = 0.0
         try:
             self._do_some()
         finally:
@@ -74,7 +83,8 @@ class BusyPoll:
                 self._work[work] = None
 
     def _go_on(self) -> None:
-        if time.monotonic() < self._until or self._work:
+        self._looked_at = now = time.monotonic()
+        if now < self._until or self._work:
             self._loop.call_soon(self._again)
         else:
             self._spinning = False

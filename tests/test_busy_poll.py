@@ -10,7 +10,7 @@ from typing import cast
 import pytest
 
 from kvstore import busy_poll
-from kvstore.busy_poll import LONGER, REST_S, BusyPoll
+from kvstore.busy_poll import BARRED, LONGER, REST_S, BusyPoll
 from tests.loop_by_hand import Loop
 
 WINDOW_S = 0.001
@@ -158,6 +158,21 @@ def test_requests_that_follow_at_once_change_nothing(loop: Loop, clock: Clock) -
         clock.now += away_windows * WINDOW_S
         poll.served()
         assert poll._until - clock.now == pytest.approx(expected * WINDOW_S)
+
+
+def test_it_gives_way_to_who_needs_the_processor(loop: Loop, clock: Clock) -> None:
+    poll = awake(loop)
+    poll.served()
+    clock.now += 2 * WINDOW_S
+    poll.served()
+    loop.step()
+    clock.now += 1.5 * WINDOW_S  # others ran on it
+    loop.step()
+    assert not loop.soon, "it sleeps"
+    for windows in [1] * BARRED + [LONGER]:
+        clock.now += 2 * WINDOW_S
+        poll.served()
+        assert poll._until - clock.now == pytest.approx(windows * WINDOW_S)
 
 
 @pytest.mark.parametrize("window_s", [0.0, WINDOW_S])
