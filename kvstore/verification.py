@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 from kvstore.catalog import STORED
 from kvstore.orders import Outcome
@@ -16,7 +19,7 @@ IN_FLIGHT_MAX = 8
 class _Run:
     """One run, and how far it has come."""
 
-    def __init__(self, blocks: list[int], answer: Callable[[Any], None]) -> None:
+    def __init__(self, blocks: array[int], answer: Callable[[Any], None]) -> None:
         self.blocks = blocks
         self.answer = answer
         self.in_flight: set[int] = set()
@@ -32,8 +35,8 @@ class Verification:
 
     def start(self, answer: Callable[[Any], None], now: float) -> None:
         """Check every block that is on NVMe now; `answer` is called with the counts at the end."""
-        flags = self._store.catalog.flags
-        run = _Run([block for block in range(len(flags)) if flags[block] & STORED], answer)
+        stored = np.frombuffer(self._store.catalog.flags, np.uint16) & STORED
+        run = _Run(array("I", np.flatnonzero(stored).astype(np.uint32).tobytes()), answer)
         self._runs.append(run)
         self._go_on(run, now)
 
