@@ -1,6 +1,6 @@
 """How reuse falls with idle time, for each class of block: counted online, turned into worth.
 
-For a class, at an age (seconds since a block was last asked for) in one of 30 octaves:
+For a class, at an age (seconds since a block was last asked for) in one of 40 octaves:
 
     hazard  blocks asked for again at that age / block-seconds seen at that age
     worth   the best, over all horizons, of P(asked for before it) / E[stay until then or it]
@@ -21,8 +21,9 @@ from kvstore.eviction.columns import Columns
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
-BINS = 30
-FIRST_BIN_S = 0.5
+BINS = 40
+FIRST_BIN_S = 2.0**-11
+COARSE_S, ALIKE_REQUESTS = 0.5, 16  # ages below both are not told apart
 _EDGES = np.concatenate(([0.0], FIRST_BIN_S * 2.0 ** np.arange(BINS)))
 _START, _WIDTH = _EDGES[:-1], np.diff(_EDGES)
 _STARTS, _WIDTHS = _START.tolist(), _WIDTH.tolist()
@@ -56,7 +57,10 @@ class Hazard:
         self._return, self._end, self._part = map(_view, (self._returns, self._ends, self._partial))
         self._blocks = np.zeros(kinds)  # that entered the class, and in how many cohorts
         self._groups = np.zeros(kinds)
-        self._requests = 0
+        self.seen = 0  # requests
+        self.now = 0.0  # when the last of them came
+        self._refreshed = 0, 0.0  # how many had been seen, and when it was
+        self._coarse = 1  # so many bins count as one: little is known of each
         self._refresh_in = FIRST_REFRESH
         self.learned = False  # until then the worth of all classes falls with idle time, as in LRU
         # For each class its worth, and its hazard summed up to, at the start of each bin.
@@ -120,16 +124,21 @@ class Hazard:
 
     def note_request(self, now: float) -> None:
         """A request was seen: now and then, the worth is computed anew."""
-        self._requests += 1
+        self.now = now
+        self.seen += 1
         self._refresh_in -= 1
         if self._refresh_in <= 0:
             # At first often, as much as is new; later as often as it costs little.
             most = max(REFRESH_REQUESTS, self._used // COHORTS_PER_REFRESHED_REQUEST)
-            self._refresh_in = min(most, max(FIRST_REFRESH, self._requests // 8))
+            self._refresh_in = min(most, max(FIRST_REFRESH, self.seen // 8))
             self.refresh(now)
 
     def refresh(self, now: float) -> None:
         """Compute the worth of all classes anew."""
+        seen_then, then = self._refreshed
+        apart = (now - then) / max(1, self.seen - seen_then)
+        self._coarse = 1 + bin_of(min(COARSE_S, ALIKE_REQUESTS * apart) * 0.999)
+        self._refreshed = self.seen, now
         seen, unseen = np.flatnonzero(self._groups), np.flatnonzero(self._groups == 0)
         rows = np.concatenate((seen, unseen[:1]))  # those that were not seen are all the same
         hazard = self._hazard(now, rows)
@@ -161,6 +170,10 @@ class Hazard:
         inside = np.bincount(place, alive * (age - _START[bins]), places).reshape(shape)
         beyond = np.cumsum(ends[:, ::-1], axis=1)[:, ::-1] - ends
         exposure = self._partial[rows] + inside + beyond * _WIDTH
+        share = _WIDTH[: self._coarse] / _EDGES[self._coarse]
+        for counts in (returns, exposure):
+            together = counts[:, : self._coarse].sum(axis=1, keepdims=True)
+            counts[:, : self._coarse] = together * share
         everything = exposure.sum(axis=0)
         average = np.divide(
             returns.sum(axis=0),

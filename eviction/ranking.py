@@ -24,7 +24,7 @@ from kvstore.eviction.hazard import Hazard
 
 NONE = -1
 DEFER_S = 1.0  # for so long what could not leave is not named before others
-ENDS_S = 1.0  # for so long the worth of a class's ends is taken for what it was
+ENDS_S, ENDS_REQUESTS = 1.0, 32  # for so long the worth of a class's ends is taken for what it was
 GAPS_LOOKED_AT = 16
 ENTRIES_PER_BLOCK = 4  # in the heaps, before they are made anew
 
@@ -61,7 +61,7 @@ class Ranking:
         self._young: dict[int, Heap] = {}
         self._entries = 0
         self._ends_worth: dict[int, float] = {}  # by twice the class, and one more for the young
-        self._ends_at = 0.0
+        self._ends_at, self._ends_seen = 0.0, 0  # when, and after how many requests, it was found
         self._gone: dict[int, None] = {}  # named, and not forgotten yet
         self._aside: dict[int, None] = {}  # named, and stayed
         self._deferred: list[int] = []
@@ -205,6 +205,7 @@ class Ranking:
 
     def victims(self, now: float) -> Victims:
         self._settle()
+        now = max(now, self._hazard.now)
         self._named_at = now
         if now - self._deferred_at >= DEFER_S:
             self._take_back()
@@ -261,9 +262,10 @@ class Ranking:
         """For each class, and each end of it, what the first leaf is worth, or was a moment ago: a
         heap."""
         known = self._ends_worth
-        if now - self._ends_at >= ENDS_S:
+        seen = self._hazard.seen
+        if now - self._ends_at >= ENDS_S or seen - self._ends_seen >= ENDS_REQUESTS:
             known.clear()
-            self._ends_at = now
+            self._ends_at, self._ends_seen = now, seen
         ends = []
         for young, heaps in ((False, self._old), (True, self._young)):
             for kind, heap in list(heaps.items()):

@@ -39,6 +39,7 @@ TOUCHES = (0, 1, 2, 3, 3, 4)  # what counts as how often; 0 is for the last bloc
 TOUCHES_MAX = len(TOUCHES) - 1
 HUB_FAN = 16  # so many different continuations make a block a hub
 FAN_MAX = 255
+TIES_MAX, TICK_S = 64, 2.0**-12  # after so many requests at once the next are so far apart
 UNPLACED = 1 << 30  # the depth of a block of which it is not known what it continues
 HINTS_MAX = 8  # combinations of hints that are told apart
 EVEN_TOKENS = 24_576  # before a token whose attention costs as much as all else: 6 x 4,096
@@ -74,6 +75,7 @@ class Relevance:
         self._rankings: list[Ranking] = []
         self._hints: dict[tuple[str, str], int] = {}
         self._now = 0.0
+        self._told, self._ties = 0.0, 0  # the time of the last request, and how many came with it
 
     def make(self, tier: int, capacity: int) -> Ranking:
         ranking = Ranking(
@@ -83,7 +85,9 @@ class Relevance:
         return ranking
 
     def asked(self, request: Request) -> Asked:
-        self._now = now = request.now
+        self._ties = 0 if request.now - self._told > TICK_S / 4 else self._ties + 1
+        self._told = request.now
+        self._now = now = max(request.now, self._now + TICK_S * (self._ties > TIES_MAX))
         known = request.chain
         if not known:
             self.hazard.note_request(now)

@@ -310,8 +310,10 @@ class Reads:
         """Leave out an eighth of what is behind `at`; all of it, where that gives no slot free."""
         flags, pins = self.catalog.flags, self.catalog.pins
         keep = max(at, len(chain) - max(1, (len(chain) - at) // 8))
-        while keep > at and not any(flags[b] & READY and pins[b] == 1 for b in chain[keep:]):
+        spare = any(flags[block] & READY and pins[block] == 1 for block in chain[keep:])
+        while keep > at and not spare:
             keep -= 1
+            spare = bool(flags[chain[keep]] & READY) and pins[chain[keep]] == 1
         self.placement.room.unpin(chain[keep:])
         del chain[keep:]
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from kvstore.eviction.hazard import (
+    ALIKE_REQUESTS,
     BINS,
     FIRST_BIN_S,
     FIRST_REFRESH,
@@ -63,7 +64,8 @@ class Recount:
         self.stays: list[tuple[int, float, float | None, bool]] = []
         self.cohorts = [0] * kinds
 
-    def hazard(self, now: float) -> list[list[float]]:
+    def hazard(self, now: float, alike: int) -> list[list[float]]:
+        """`alike`: so many bins count as one."""
         returns = [[0.0] * BINS for _ in range(self.kinds)]
         seconds = [[0.0] * BINS for _ in range(self.kinds)]
         blocks = [0] * self.kinds
@@ -74,6 +76,9 @@ class Recount:
                 seconds[kind][at] += max(0.0, min(age, EDGES[at + 1]) - EDGES[at])
             if returned:
                 returns[kind][bin_of(age)] += 1
+        for row in (*returns, *seconds):
+            each = sum(row[:alike]) / EDGES[alike]
+            row[:alike] = [each * (EDGES[at + 1] - EDGES[at]) for at in range(alike)]
         overall = sum(blocks) / sum(self.cohorts)
         result = []
         for kind in range(self.kinds):
@@ -109,10 +114,12 @@ def test_the_counts_are_those_of_each_block_for_itself(seed: int) -> None:
     now += 10.0
     for kind, came, blocks in live.values():
         recount.stays += [(kind, came, None, False)] * blocks
-    expected = recount.hazard(now)
     every = np.arange(hazard.kinds)
-    assert hazard._hazard(now, every) == pytest.approx(np.array(expected), rel=1e-9)
+    found = hazard._hazard(now, every)
+    assert found == pytest.approx(np.array(recount.hazard(now, alike=1)), rel=1e-9)
+    hazard.seen = int(now * 1_000)  # one each millisecond
     hazard.refresh(now)
+    expected = recount.hazard(now, alike=bin_of(ALIKE_REQUESTS / 1_000) + 1)
     for kind, row in enumerate(expected):
         # Also of a class that nobody has seen: it is taken for the average.
         assert hazard.worth(kind, 0.0) == pytest.approx(best_of_all_horizons(row, 0), rel=1e-6)

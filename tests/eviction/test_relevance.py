@@ -354,6 +354,39 @@ def test_the_class_that_returns_stays(seed: int) -> None:
     assert lru < 0.01 and told > 0.1
 
 
+def talks_in_turns(seed: int) -> Iterator[list[int]]:
+    """Somebody who spoke lately goes on, four times in five; else somebody new begins."""
+    chance, fresh = random.Random(seed), count()
+    talks: list[list[int]] = []
+    for _ in range(3_000):
+        if talks and chance.random() < 0.8:
+            talk = talks.pop(max(-len(talks), -1 - int(chance.expovariate(1 / 15))))
+        else:
+            talk = []
+        talk += islice(fresh, chance.randint(1, 6))
+        talks.append(talk)
+        yield list(talk)
+
+
+@pytest.mark.parametrize("apart_s", [0.0, 1e-6, 1e-3, 1.0], ids=str)
+def test_time_may_pass_fast_or_not_at_all(apart_s: float) -> None:
+    """A trace without times, and thousands of requests a second, are played by their order."""
+    talks = [(at * apart_s, talk, "unknown") for at, talk in enumerate(talks_in_turns(3))]
+    told, lru = (play(policy, talks, 600) for policy in (Told(), LRU()))
+    assert 0.5 < lru < told + 0.01
+
+
+def test_a_clock_that_goes_back_stops_time() -> None:
+    chance = random.Random(5)
+    talks = list(talks_in_turns(4))
+    times = [chance.uniform(-3, 3) + at for at in range(len(talks))]
+    told, sorted_ = (
+        play(Told(), list(zip(when, talks, ["unknown"] * len(talks), strict=True)), 600)
+        for when in (times, sorted(times))
+    )
+    assert told == pytest.approx(sorted_, abs=0.02)
+
+
 def test_a_prefix_of_many_prompts_stays() -> None:
     """It is asked for every half minute; what comes in between is more than there is room for."""
     fresh, told, hub = count(100), Told(), list(range(10))
