@@ -170,15 +170,19 @@ def _forest(path: Path, block_bytes: int | None, bytes_per_token: int) -> Trace:
         raise InvalidRequest(
             f"{path} has no array {missing[0]!r}: a prefix forest has {', '.join(FOREST_NAMES)}"
         )
-    count = len(arrays["parent_delta"])
+    for name, array in arrays.items():
+        if name in (*FOREST_NAMES, "in_tokens"):
+            _check_numbers(path, name, array)
     delta = arrays["parent_delta"].astype(np.int64)
+    count, tokens = len(delta), int(arrays["block_tokens"].flat[0])
     parents = np.arange(count, dtype=np.int64) - delta
     leaves, times = arrays["leaf"].astype(np.int64), arrays["t_ms"].astype(np.float64) / 1e3
-    tokens = int(arrays["block_tokens"])
-    if (delta < 1).any() or (parents < -1).any() or tokens < 1:
+    if (delta < 1).any() or (parents < -1).any() or not 1 <= tokens < 1 << 31:
         raise InvalidRequest(f"{path}: a node's parent must come before it: make it anew")
-    if len(times) != len(leaves) or (leaves >= count).any() or (np.diff(times) < 0).any():
+    if (leaves < -1).any() or (leaves >= count).any() or (np.diff(times) < 0).any():
         raise InvalidRequest(f"{path}: leaves must be nodes, and times sorted: make it anew")
+    if not len(leaves) == len(times) == len(arrays.get("in_tokens", leaves)):
+        raise InvalidRequest(f"{path}: each request must have a leaf and a time: make it anew")
     steps = np.zeros(len(leaves), STEP)
     steps["t"] = times - (times[0] if len(times) else 0.0)
     steps["leaf"] = leaves
@@ -192,6 +196,16 @@ def _forest(path: Path, block_bytes: int | None, bytes_per_token: int) -> Trace:
         steps=steps,
         shapes=[Shape(tokens, block_bytes or tokens * bytes_per_token)],
     )
+
+
+def _check_numbers(path: Path, name: str, array: NDArray[Any]) -> None:
+    one = name == "block_tokens"
+    numbers = array.dtype.kind in "iu" or (array.dtype.kind == "f" and np.isfinite(array).all())
+    if not numbers or (array.size != 1 if one else array.ndim != 1):
+        raise InvalidRequest(
+            f"{path}: {name!r} must be {'one number' if one else 'a row of numbers'}, not "
+            f"{array.dtype} of shape {array.shape}, nor infinite: make it anew"
+        )
 
 
 def depths_of(parents: NDArray[Any]) -> NDArray[np.int32]:

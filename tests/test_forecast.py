@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -186,9 +187,16 @@ def test_a_forest_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
     path = forests.save(tmp_path / "trace.npz", [(0, 1), (0,)])
     with np.load(path) as good:
         arrays = {name: good[name] for name in good.files}
-    for name, values in (("leaf", [7, 0]), ("t_ms", [5, 1]), ("parent_delta", [1, 0])):
+    wrong: list[tuple[str, Any]] = [
+        *(("leaf", values) for values in ([7, 0], [-2, 0], [0], [[0, 1]], [0.0, np.nan])),
+        *(("t_ms", values) for values in ([5, 1], [0, np.nan], [0, np.inf], ["a", "b"], 3)),
+        *(("block_tokens", values) for values in ([16, 16], np.nan, 0, 1 << 40)),
+        ("in_tokens", [1, 2, 3]),
+        ("parent_delta", [1, 0]),
+    ]
+    for name, values in wrong:
         np.savez(path, **(arrays | {name: np.array(values)}))
-        with pytest.raises(InvalidRequest):
+        with pytest.raises(InvalidRequest, match=r"trace\.npz: .*make it anew"):
             load(path)
     np.savez(path, **{name: value for name, value in arrays.items() if name != "leaf"})
     with pytest.raises(InvalidRequest, match="no array 'leaf'"):
