@@ -11,18 +11,26 @@ from kvstore.leases import Session
 
 PARKED_MAX = 4_096  # more are answered at once
 WAIT_S_MAX = 3_600.0
+# A try takes longer the more keys there are. Of many it is made rarely: then it gets what has come
+# meanwhile, and others have the loop.
+FEW_KEYS = 1_024
+PAUSE_S_PER_KEY, PAUSE_S_MAX = 10e-6, 0.1
 LATER = object()  # the outcome of a try that will be answered by somebody else
 
 Attempt = Callable[[bool], Any]  # told whether it is the last one; None: there is no room yet
 
 
 class _Parked:
-    __slots__ = ("answer", "attempt", "session", "timer")
+    __slots__ = ("answer", "attempt", "not_before", "pause_s", "session", "timer")
 
-    def __init__(self, session: Session, attempt: Attempt, answer: Callable[[Any], None]) -> None:
+    def __init__(
+        self, session: Session, attempt: Attempt, answer: Callable[[Any], None], pause_s: float
+    ) -> None:
         self.session = session
         self.attempt = attempt
         self.answer = answer
+        self.pause_s = pause_s
+        self.not_before = 0.0  # the next try
         self.timer: asyncio.TimerHandle | None = None
 
 
@@ -40,6 +48,7 @@ class Parking:
         self._before_answer = before_answer
         self._after_late = after_late
         self._parked: list[_Parked] = []
+        self._pausing: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
         return len(self._parked)
@@ -50,10 +59,18 @@ class Parking:
         return len(self._parked) >= PARKED_MAX
 
     def park(
-        self, session: Session, wait_s: float, attempt: Attempt, answer: Callable[[Any], None]
+        self,
+        session: Session,
+        wait_s: float,
+        attempt: Attempt,
+        answer: Callable[[Any], None],
+        keys: int = 0,
     ) -> None:
-        """Try again whenever room may have come, for the last time in `wait_s` seconds."""
-        parked = _Parked(session, attempt, answer)
+        """Try again whenever room may have come, for the last time in `wait_s` seconds. `keys`:
+        how many the request has."""
+        pause_s = min(PAUSE_S_MAX, keys * PAUSE_S_PER_KEY) if keys > FEW_KEYS else 0.0
+        parked = _Parked(session, attempt, answer, pause_s)
+        parked.not_before = self._loop.time() + pause_s
         parked.timer = self._loop.call_later(wait_s, self._late, parked)
         self._parked.append(parked)
 
@@ -64,8 +81,22 @@ class Parking:
 
     def retry(self) -> None:
         """Room may have come: those that wait longest first."""
-        while self._parked and self._try(self._parked[0], last=False):
-            self._remove(self._parked[0])
+        while self._parked:
+            first, now = self._parked[0], self._loop.time()
+            if now < first.not_before:
+                if self._pausing is None:
+                    self._pausing = self._loop.call_at(first.not_before, self._go_on)
+                return
+            if not self._try(first, last=False):
+                first.not_before = now + first.pause_s
+                return
+            self._remove(first)
+
+    def _go_on(self) -> None:
+        """There may have been room before."""
+        self._pausing = None
+        self.retry()
+        self._after_late()
 
     def _late(self, parked: _Parked) -> None:
         self._remove(parked)

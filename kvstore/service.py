@@ -372,7 +372,8 @@ class Service:
         reply = attempt(session, request, answer, end, not wait_s or self._parking.full)
         if reply is None:
             again = functools.partial(attempt, session, request, answer, end)
-            self._parking.park(session, wait_s, again, answer)
+            keys = len(request.keys.hashes) // max(1, request.keys.hash_bytes)
+            self._parking.park(session, wait_s, again, answer, keys)
         return None if reply is LATER else reply
 
     def _attempt_reserve(
