@@ -109,7 +109,8 @@ def unconnected(
         raise InvalidRequest(f"timeout_s is {timeout_s!r}: give seconds, more than 0, up to a day")
     try:
         where = paths.socket_path(tenant) if path is None else Path(os.fsdecode(path))
-    except TypeError:
+        os.fsencode(where)
+    except (TypeError, UnicodeEncodeError):
         raise InvalidRequest(f"path is {path!r}: give the path of a socket, or None") from None
     return Client(where, timeout_s, join, tenant)
 

@@ -80,7 +80,9 @@ def _tensors(tensors: Sequence[Any], size: int) -> DeviceBuffers:
         if tensor.device != device:
             raise InvalidBlock(f"buffer {at} is on {tensor.device}, the first one on {device}")
         if tensor.nbytes != size:
-            raise InvalidBlock(f"buffer {at} has {tensor.nbytes} bytes, this layout takes {size}")
+            raise InvalidBlock(
+                f"buffer {at} has {tensor.nbytes} bytes, this layout takes {size}: give as many"
+            )
         if not tensor.is_contiguous():
             raise InvalidBlock(f"buffer {at} is not contiguous: give tensor.contiguous()")
     addresses = np.array([tensor.data_ptr() for tensor in tensors], np.int64)
@@ -98,7 +100,7 @@ def _interface(
     shape, item = told["shape"], _item_bytes(told["typestr"])
     length = item * math.prod(shape)
     if length != size:
-        raise InvalidBlock(f"{what} has {length} bytes, this layout takes {size}")
+        raise InvalidBlock(f"{what} has {length} bytes, this layout takes {size}: give as many")
     strides = told.get("strides")
     if strides is not None:
         packed = [item * math.prod(shape[at + 1 :]) for at in range(len(shape))]

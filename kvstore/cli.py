@@ -36,7 +36,6 @@ WATCH_S = 2.0
 WATCH_S_BOUNDS = (0.1, 86_400.0)
 TTL_S_BOUNDS = (0.001, 10 * 366 * 86_400.0)
 PINNED = 100
-CLEAR_S = 600.0  # of many million blocks
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -287,7 +286,7 @@ def clear(yes: bool) -> int:
             question = f"Drop all {known:,} blocks of tenant {tenant}?"
             if not click.confirm(question, err=True):
                 return _fail("nothing was dropped: answer y to drop", FAILED)
-        click.echo(f"dropped {client.clear(CLEAR_S):,} blocks of tenant {tenant}")
+        click.echo(f"dropped {client.clear(600.0):,} blocks of tenant {tenant}")
     return DONE
 
 
@@ -345,17 +344,18 @@ def sessions(as_json: bool) -> None:
 def drain(session: int | None) -> int:
     """Write out what is due, or end a session.
 
-    Waits until every block that is to be on NVMe is there. A session that is ended loses its
-    leases: what it was reading it must throw away, what it was writing is kept from others until
-    its processes say that they do not write, or have ended. Its client connects again by itself.
-    kvstore sessions lists the numbers.
+    Waits until what is to be on NVMe is there, but for what nvme.write_budget or want of room hold
+    back. A session that ends loses its leases: what it was reading it must throw away, what it was
+    writing is kept from others until its processes say that they do not write, or have ended. Its
+    client connects again by itself. kvstore sessions lists the numbers.
     """
     with _connected() as client:
         found, written = client.drain(session or 0)
+        due = client.stats()["tenants"][_served(client)]["moves"]["due"]
     if not found:
         return _fail(f"there is no session {session}: see kvstore sessions", FAILED)
-    done = f"{written:,} blocks written, nothing is due any more"
-    click.echo(f"session {session} ended" if session else done)
+    left = f"at most {due:,} are held back" if due else "nothing is due any more"
+    click.echo(f"session {session} ended" if session else f"{written:,} blocks written, {left}")
     return DONE
 
 

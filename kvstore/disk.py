@@ -145,7 +145,7 @@ def adopt(store: Store, index: Index, loaded: Loaded, tenant: str, now: float) -
     served, total = 0, len(loaded.offsets)
     numbers = np.asarray(loaded.layout_numbers, np.int64)
     layouts = {n: _layout(loaded.layouts.get(n)) for n in np.unique(numbers).tolist()}
-    fits = _slab_fits(store, numbers, np.asarray(loaded.offsets, np.int64), layouts)
+    fits = _slab_fits(store, numbers, np.asarray(loaded.offsets, np.uint64), layouts)
     for number, layout in layouts.items():
         mine = np.flatnonzero(numbers == number)
         bad = mine[~fits[mine]].tolist()
@@ -186,16 +186,18 @@ def adopt(store: Store, index: Index, loaded: Loaded, tenant: str, now: float) -
 
 def _slab_fits(store: Store, numbers: Any, offsets: Any, layouts: dict[int, Layout | None]) -> Any:
     """For each record whether its slot has the size that its slab serves: that of the youngest
-    record in the slab, which is the last here. Records of an earlier size were overwritten."""
+    record in the slab, which is the last here. Records of an earlier size were overwritten; one of
+    a place beyond the tier is damaged."""
     slots = store.room.nvme
+    inside = offsets < np.uint64(slots.slab_count * slots.slab_bytes)
     usable = {n: layout.slot_bytes for n, layout in layouts.items() if layout is not None}
     sizes = np.zeros(len(numbers), np.int64)
     for number, slot_bytes in usable.items():
         if slots.fits(slot_bytes):
             sizes[numbers == number] = slot_bytes
-    slabs = offsets // slots.slab_bytes
+    slabs = np.where(inside, offsets, 0).astype(np.int64) // slots.slab_bytes
     served = np.zeros(int(slabs.max(initial=0)) + 1, np.int64)
-    known = sizes > 0
+    known = (sizes > 0) & inside
     served[slabs[known]] = sizes[known]
     return known & (served[slabs] == sizes)
 

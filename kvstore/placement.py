@@ -81,6 +81,7 @@ class Placement:
         self._loaded_bytes = 0  # by loads that ended in the same moment as the last
         self._backlog: deque[int] = deque()
         self._slotless = 0  # tries in a row that found no slot on NVMe
+        self._unaffordable = False  # whether the write budget holds back what is due
         self._again: list[int] = []  # could not be written; tried again at the next tick
         self.scrub = Scrub(self.room)
         self.mirror = Mirror(
@@ -215,7 +216,7 @@ class Placement:
         """Order spills from the backlog, as far as queue and write budget allow; checks of blocks
         that were found after a restart."""
         self.scrub.go_on()
-        flags = self.catalog.flags
+        flags, self._unaffordable = self.catalog.flags, False
         scarce = self.config.write_budget is not None
         while self._backlog and self.spills < self.config.queue_depth and self.health.ok:
             block = self._backlog[0]
@@ -223,6 +224,7 @@ class Placement:
                 self._backlog.popleft()
                 continue
             if not self._afford(block, now):
+                self._unaffordable = True
                 return
             if not self._spill(block, now):
                 self._backlog.rotate(-1)  # no slot for it now; each try looks at many blocks
@@ -241,13 +243,14 @@ class Placement:
         return self.spills > 0 or self.scrub.lazy > 0
 
     def drained(self, now: float) -> bool:
-        """Whether nothing more will be written: nothing is due, or none of it got a slot on NVMe
-        when it was tried last. Tries some of it."""
+        """Whether nothing more will be written soon: nothing is due, or there is no write budget
+        for it, or none of it got a slot on NVMe when it was tried last. Tries some of it."""
         for _ in range(DRAIN_TRIES):
             self.pump(now)
-            if self.spills or not self._backlog or self._slotless >= len(self._backlog):
+            over = self._unaffordable or self._slotless >= len(self._backlog)
+            if self.spills or over:
                 break
-        return not self.spills and self._slotless >= len(self._backlog)
+        return over and not self.spills
 
     def due(self) -> int:
         """Spills under way or waiting, at most: some may turn out to be needless."""

@@ -396,7 +396,7 @@ class Room:
         victims.close()
         if held:  # they would be met again at every search
             policy.defer(held[::-1])
-        if len(taken) < short and retained:
+        if len(taken) < short and retained and not idle_s:
             loose = [block for block in retained if self._may_leave(block, now)]
             for block in self.retention.weakest(loose, short - len(taken)):
                 due_now = flags[block] & mask == due and worth(block, now)

@@ -414,7 +414,9 @@ def _gid(group: str) -> int | None:
 def _make_folder(path: Path, mode: int, gid: int | None) -> None:
     try:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        if os.stat(path.parent).st_uid not in (0, os.geteuid()):
+        # The link, too, where it is one: who made it can make it lead elsewhere.
+        owners = {os.stat(path.parent).st_uid, os.lstat(path.parent).st_uid}
+        if owners - {0, os.geteuid()}:
             raise InvalidConfig(
                 f"folder {path.parent} belongs to another user, who could put other files in the "
                 "place of ours: give it to the daemon's user, or choose another one"

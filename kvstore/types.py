@@ -51,7 +51,8 @@ class Layout:
     def __post_init__(self) -> None:
         for name in ("model", "engine", "dtype"):
             value = getattr(self, name)
-            if not isinstance(value, str) or not 0 < len(value.encode()) <= TEXT_BYTES_MAX:
+            size = len(value.encode(errors="ignore")) if isinstance(value, str) else 0
+            if not 0 < size <= TEXT_BYTES_MAX or not _is_text(value):
                 raise InvalidLayout(
                     f"layout.{name} is {value!r}: give a text of 1 to {TEXT_BYTES_MAX} bytes"
                 )
@@ -79,6 +80,11 @@ class Layout:
         """16 bytes that differ when any field differs; part of every key."""
         fields = json.dumps(dataclasses.asdict(self), sort_keys=True).encode()
         return hashlib.blake2b(fields, digest_size=16, person=b"kvstore-layout").digest()
+
+
+def _is_text(value: str) -> bool:
+    """Half of a surrogate pair is none."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def slot_bytes_of(size: int) -> int:

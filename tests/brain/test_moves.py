@@ -312,6 +312,19 @@ def test_who_named_a_block_twice_is_answered_when_the_device_is_fenced() -> None
     desk.store.check()
 
 
+def test_a_drain_does_not_wait_for_write_budget() -> None:
+    """It waited for days' worth of it."""
+    desk = Desk(dram=4, nvme=4, budget=PAGE / 10)
+    desk.put(desk.layout(), *range(12))
+    desk.store.save_all(desk.now)
+    assert not desk.store.placement.drained(desk.now), "one is being written"
+    desk.finish_all()
+    assert desk.store.placement.drained(desk.now) and desk.store.placement.due() > 0
+    desk.now += 20
+    assert not desk.store.placement.drained(desk.now), "there is budget for more"
+    desk.finish_all()
+
+
 def test_a_drain_ends_when_no_slot_is_to_be_had() -> None:
     """Every slab of NVMe was full of retained blocks of another size: the drain waited for copies
     that could never be made, and its caller with it."""

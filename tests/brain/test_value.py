@@ -272,6 +272,20 @@ def test_idle_blocks_leave_memory_before_room_is_short() -> None:
     desk.store.check()
 
 
+def test_what_is_kept_does_not_leave_for_idleness() -> None:
+    """Kept blocks left although they were in use, where those that were not kept were in use, too;
+    they may leave when nothing else can, and here nothing has to."""
+    desk = filled(Relevance(), idle_s=60.0)
+    numbers = [10 * number for number in range(32)]
+    assert desk.store.retain(desk.layout(), keys(*numbers), 50, None) > 28
+    for _ in range(3):
+        desk.now += 100.0
+        desk.store.tick(desk.now)
+        desk.look()
+        desk.finish_all()
+    assert desk.counters.dram.evicted == {}
+
+
 def test_what_is_in_use_stays_though_room_is_short() -> None:
     desk = filled(Relevance(), idle_s=60.0)
     desk.now += 59.0

@@ -393,7 +393,7 @@ def test_numbers_that_operators_mistype(client: Client) -> None:
         client.start_trace(5)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("path", [5, 1.5, ["x"]])
+@pytest.mark.parametrize("path", [5, 1.5, ["x"], "/tmp/\ud800"])
 def test_a_path_that_is_none(path: Any) -> None:
     with pytest.raises(InvalidRequest, match="give the path of a socket, or None"):
         connect(path)
@@ -449,6 +449,7 @@ def test_a_layout_that_no_slab_holds(client: Client) -> None:
         ("model", "", "layout.model is '': give a text of 1 to 512 bytes"),
         ("engine", "x" * 513, "layout.engine is 'x.*: give a text of 1 to 512 bytes"),
         ("dtype", None, "layout.dtype is None: give a text"),
+        ("model", "a\ud800", "layout.model is 'a.*: give a text"),
         ("block_tokens", 0, "layout.block_tokens is 0: give an integer of 1 to"),
         ("shards", 1025, "layout.shards is 1025: give an integer of 1 to 1024"),
         ("shard_bytes", -1, "layout.shard_bytes is -1: give an integer of 1 to"),
