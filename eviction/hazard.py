@@ -194,13 +194,13 @@ def _view(counts: Floats) -> Any:
 
 def _gittins(hazard: Floats) -> Floats:
     """For each class and age at the start of a bin: max over horizons of P(return) / E[stay]."""
-    survival = np.exp(-hazard * _WIDTH)
-    small = hazard * _WIDTH < 1e-9
-    stay = np.where(small, _WIDTH, (1.0 - survival) / np.where(small, 1.0, hazard))
+    risk = hazard * _WIDTH
+    small = risk < 1e-9
+    stay = np.where(small, _WIDTH, -np.expm1(-risk) / np.where(small, 1.0, hazard))
     worth = np.empty_like(hazard)
     for first in range(BINS):
-        after = np.cumprod(survival[:, first:], axis=1)
-        before = np.concatenate((np.ones((len(hazard), 1)), after[:, :-1]), axis=1)
+        until = np.cumsum(risk[:, first:], axis=1)
+        before = np.exp(-np.concatenate((np.zeros((len(hazard), 1)), until[:, :-1]), axis=1))
         staying = np.cumsum(before * stay[:, first:], axis=1)
-        worth[:, first] = np.max((1.0 - after) / staying, axis=1)
+        worth[:, first] = np.max(-np.expm1(-until) / staying, axis=1)
     return worth

@@ -51,8 +51,7 @@ class Layout:
     def __post_init__(self) -> None:
         for name in ("model", "engine", "dtype"):
             value = getattr(self, name)
-            size = len(value.encode(errors="ignore")) if isinstance(value, str) else 0
-            if not 0 < size <= TEXT_BYTES_MAX or not _is_text(value):
+            if not 0 < _utf8_bytes(value) <= TEXT_BYTES_MAX:
                 raise InvalidLayout(
                     f"layout.{name} is {value!r}: give a text of 1 to {TEXT_BYTES_MAX} bytes"
                 )
@@ -82,9 +81,12 @@ class Layout:
         return hashlib.blake2b(fields, digest_size=16, person=b"kvstore-layout").digest()
 
 
-def _is_text(value: str) -> bool:
-    """Half of a surrogate pair is none."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in value)
+def _utf8_bytes(value: object) -> int:
+    """0 for what is no text, as half of a surrogate pair."""
+    try:
+        return len(value.encode()) if isinstance(value, str) else 0
+    except UnicodeEncodeError:
+        return 0
 
 
 def slot_bytes_of(size: int) -> int:
