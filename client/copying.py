@@ -1,8 +1,9 @@
 """Copies between addresses of this process, never holding the interpreter lock.
 
-One core moves a part of what the memory can: large copies are cut into pieces that a few threads
-take one by one. The caller copies as well, so a helper that is late costs nothing; and it stays
-until the last piece is done, also when it is interrupted: nobody writes to a slot afterwards.
+Large ones go past the caches (`streaming.c`) where that was built; the rest is memmove. One core
+moves a part of what the memory can: large copies are cut into pieces that a few threads take one by
+one. The caller copies as well, so a helper that is late costs nothing; and it stays until the last
+piece is done, also when it is interrupted: nobody writes to a slot afterwards.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
 
 Piece = tuple[int, int, int]  # target, source, bytes
 
@@ -22,15 +26,40 @@ LONG_BYTES = 4 << 20  # this takes long enough for a daemon to fall asleep
 NEAR_END = 3  # pieces: some 200 us
 SHARED_BYTES = 16 << 20  # from here on a helper is worth waking
 THREADS_MAX = 4  # the caller among them: they are the engine's cores
+STREAM_BYTES = 128 << 10  # a piece that is smaller may be in a cache when it is used next
 
-_memmove = ctypes.CDLL(None).memmove
-_memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-_memmove.restype = None
+
+def _function(library: ctypes.CDLL, name: str) -> Any:
+    found = library[name]
+    found.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+    found.restype = None
+    return found
+
+
+def _streaming() -> Any:
+    """`kvstore_stream`; None where there was no compiler when this was installed."""
+    for suffix in EXTENSION_SUFFIXES:
+        with contextlib.suppress(OSError, AttributeError):
+            path = Path(__file__).with_name(f"streaming{suffix}")
+            return _function(ctypes.CDLL(str(path)), "kvstore_stream")
+    return None
+
+
+memmove = _function(ctypes.CDLL(None), "memmove")
+_stream = _streaming()
+
+
+def streams() -> bool:
+    """Whether large copies go past the caches here."""
+    return _stream is not None
 
 
 def copy(target: int, source: int, size: int) -> None:
     """Copy bytes between addresses."""
-    _memmove(target, source, size)
+    if size >= STREAM_BYTES and _stream is not None:
+        _stream(target, source, size)
+    else:
+        memmove(target, source, size)
 
 
 def copy_all(copies: Sequence[Piece], near_end: Callable[[], None] | None = None) -> None:
@@ -117,7 +146,7 @@ def _take(pieces: Iterator[Piece], near_end: Callable[[], None] | None = None) -
         if near_end is not None and operator.length_hint(pieces) < NEAR_END:
             near_end()
             near_end = None
-        _memmove(target, source, size)
+        copy(target, source, size)
 
 
 def _cut(target: int, source: int, size: int) -> Iterator[Piece]:

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
+COMPILERS = {"the system's": {}, "none": {"CC": "/nonexistent"}}
 
 
-def test_the_wheel_holds_kvstore_alone_and_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_the_wheel_holds_kvstore_alone_and_whole(tmp_path: Path, compiler: str) -> None:
     # Built from a copy: a `build` folder left in the tree would put deleted modules into wheels.
     tree = tmp_path / "tree"
-    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "tests", "docs", "__pycache__")
-    shutil.copytree(ROOT, tree, symlinks=True, ignore=ignored)
+    ignored = (".*", "build", "*.egg-info", "tests", "docs", "__pycache__", "*.so")
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=shutil.ignore_patterns(*ignored))
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
     command += ["--no-build-isolation", "--wheel-dir", str(tmp_path), str(tree)]
-    subprocess.run(command, check=True, timeout=120)
+    subprocess.run(command, check=True, timeout=120, env=os.environ | COMPILERS[compiler])
     (wheel,) = tmp_path.glob("*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    compiled = compiler != "none" and shutil.which("cc") is not None
+    assert ("kvstore/client/streaming.abi3.so" in names) == compiled
+    assert "-cp311-abi3-" in wheel.name, "one wheel is for all versions of Python"
     assert all(name.startswith("kvstore/") for name in names)
     modules = {f"kvstore/{path.name}" for path in (ROOT / "kvstore").glob("*.py")}
     for room in ("tiers", "eviction", "client", "protos"):

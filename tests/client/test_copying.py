@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,6 +58,28 @@ def test_each_byte_gets_to_its_place(helpers: Callable[[int], None], count: int,
     assert np.array_equal(target, expected)
 
 
+def test_large_copies_go_past_the_caches_where_that_could_be_built() -> None:
+    assert copying.streams() == (shutil.which("cc") is not None)
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_copies_at_any_place_and_of_any_length(
+    monkeypatch: pytest.MonkeyPatch, streams: bool
+) -> None:
+    """Nothing before or behind them changes, with the compiled function as without."""
+    if not streams:
+        monkeypatch.setattr(copying, "_stream", None)
+    monkeypatch.setattr(copying, "STREAM_BYTES", 0)
+    draw, rng = random.Random(3), np.random.default_rng(3)
+    source = rng.integers(1, 256, 80_000, dtype=np.uint8)
+    for _ in range(1_000):
+        size, start, at = draw.randint(0, 70_000), draw.randint(0, 5_000), draw.randint(0, 300)
+        target = np.zeros(size + 600, np.uint8)
+        copying.copy(target.ctypes.data + at, source.ctypes.data + start, size)
+        assert np.array_equal(target[at : at + size], source[start : start + size])
+        assert not target[:at].any() and not target[at + size :].any()
+
+
 @pytest.mark.parametrize("size", [LONG_BYTES, SHARED_BYTES + 5])
 def test_the_end_is_announced_once_and_before_it(helpers: Callable[[int], None], size: int) -> None:
     helpers(0)
@@ -78,13 +101,13 @@ def test_what_is_short_ends_unannounced() -> None:
 
 
 class Held:
-    """A memmove that stops in a helper until it is let go."""
+    """A copy that stops in a helper until it is let go."""
 
     def __init__(self) -> None:
         self.go, self.inside = threading.Event(), threading.Event()
         self.returned = threading.Event()
         self.after: list[int] = []
-        self._real = copying._memmove
+        self._real = copying.copy
 
     def __call__(self, target: int, source: int, size: int) -> None:
         if threading.current_thread().name.startswith("kvstore-copy"):
@@ -99,10 +122,10 @@ class Held:
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> Held:
-    """In place of memmove."""
-    memmove = Held()
-    monkeypatch.setattr(copying, "_memmove", memmove)
-    return memmove
+    """In place of `copy`."""
+    copy = Held()
+    monkeypatch.setattr(copying, "copy", copy)
+    return copy
 
 
 def _copies(count: int) -> tuple[list[Piece], Any]:
@@ -142,16 +165,16 @@ def test_a_helper_that_fails_is_heard_of(
 ) -> None:
     """Its piece is not copied: the slot must not be committed."""
     helpers(1)
-    failed, real = threading.Event(), copying._memmove
+    failed, real = threading.Event(), copying.copy
 
-    def memmove(target: int, source: int, size: int) -> None:
+    def copy(target: int, source: int, size: int) -> None:
         if threading.current_thread().name.startswith("kvstore-copy"):
             failed.set()
             raise MemoryError
         assert failed.wait(LONG_S)
         real(target, source, size)
 
-    monkeypatch.setattr(copying, "_memmove", memmove)
+    monkeypatch.setattr(copying, "copy", copy)
     copies, _buffers = _copies(32)
     with pytest.raises(MemoryError):
         copy_all(copies)
