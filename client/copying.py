@@ -15,7 +15,6 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +37,11 @@ def _function(library: ctypes.CDLL, name: str) -> Any:
 
 def _streaming() -> Any:
     """`kvstore_stream`; None where there was no compiler when this was installed."""
-    for suffix in EXTENSION_SUFFIXES:
-        with contextlib.suppress(OSError, AttributeError):
-            path = Path(__file__).with_name(f"streaming{suffix}")
-            return _function(ctypes.CDLL(str(path)), "kvstore_stream")
-    return None
+    try:
+        library = ctypes.CDLL(str(Path(__file__).with_name("streaming.abi3.so")))
+    except OSError:
+        return None
+    return _function(library, "kvstore_stream")
 
 
 memmove = _function(ctypes.CDLL(None), "memmove")
