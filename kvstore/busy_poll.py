@@ -14,7 +14,7 @@ from kvstore.spin import Spin
 
 REST_S = 0.0002  # without a request, before work that was put off is done
 LONGER = 4  # windows: it stays awake for so long while requests come that far apart
-BARRED = 256  # requests after which it does so again, once somebody else needed the processor
+BARRED = 32  # requests after which it does so again, once somebody else needed the processor
 
 Work = Callable[[], bool]
 
