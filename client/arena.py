@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from kvstore.client.checks import wrong_size
 from kvstore.errors import ArenaGone, InvalidBlock, NotPermitted
 from kvstore.mapping import MADV_POPULATE_WRITE, address_of_map, advise, map_shared
 
@@ -132,9 +133,7 @@ def address_of(buffer: Any, size: int, what: str, *, writable: bool) -> int:
     if getattr(getattr(buffer, "dtype", None), "hasobject", False) or view.format == "O":
         raise InvalidBlock(f"{what} holds Python objects, not bytes: give an array of numbers")
     if view.nbytes != size:
-        raise InvalidBlock(
-            f"{what} has {view.nbytes} bytes, this layout takes {size}: give as many"
-        )
+        raise wrong_size(what, view.nbytes, size)
     if not view.c_contiguous:
         raise InvalidBlock(f"{what} is not contiguous: give a contiguous copy")
     if writable and view.readonly:
@@ -158,9 +157,7 @@ def _tensor_address(tensor: Any, size: int, what: str) -> int:
     if "strided" not in str(tensor.layout):
         raise InvalidBlock(f"{what} is a tensor of layout {tensor.layout}: give tensor.to_dense()")
     if tensor.nbytes != size:
-        raise InvalidBlock(
-            f"{what} has {tensor.nbytes} bytes, this layout takes {size}: give as many"
-        )
+        raise wrong_size(what, tensor.nbytes, size)
     if not tensor.is_contiguous():
         raise InvalidBlock(f"{what} is not contiguous: give tensor.contiguous()")
     address: int = tensor.data_ptr()

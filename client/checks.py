@@ -51,6 +51,11 @@ def listed_buffers(buffers: Any) -> list[Any]:
         ) from None
 
 
+def wrong_size(what: str, found: int, size: int) -> InvalidBlock:
+    """The error for a buffer of so many bytes, where a layout takes `size`."""
+    return InvalidBlock(f"{what} has {found} bytes, this layout takes {size}: give as many")
+
+
 def wait_s(deadline_s: Any, most: float = WAIT_S_MAX) -> float:
     """A deadline as a wait that clocks can take."""
     if not isinstance(deadline_s, int | float) or deadline_s != deadline_s:

@@ -36,7 +36,7 @@ def _function(library: ctypes.CDLL, name: str) -> Any:
 
 
 def _streaming() -> Any:
-    """`kvstore_stream`; None where there was no compiler when this was installed."""
+    """`kvstore_stream`; None where it was not built: no compiler, or a processor without it."""
     try:
         library = ctypes.CDLL(str(Path(__file__).with_name("streaming.abi3.so")))
     except OSError:

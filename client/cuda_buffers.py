@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from kvstore.client.checks import wrong_size
 from kvstore.client.cuda_device import Platform
 from kvstore.client.cuda_fragments import Fragments
 from kvstore.client.cuda_parts import Near, Part
@@ -80,9 +81,7 @@ def _tensors(tensors: Sequence[Any], size: int) -> DeviceBuffers:
         if tensor.device != device:
             raise InvalidBlock(f"buffer {at} is on {tensor.device}, the first one on {device}")
         if tensor.nbytes != size:
-            raise InvalidBlock(
-                f"buffer {at} has {tensor.nbytes} bytes, this layout takes {size}: give as many"
-            )
+            raise wrong_size(f"buffer {at}", tensor.nbytes, size)
         if not tensor.is_contiguous():
             raise InvalidBlock(f"buffer {at} is not contiguous: give tensor.contiguous()")
     addresses = np.array([tensor.data_ptr() for tensor in tensors], np.int64)
@@ -100,7 +99,7 @@ def _interface(
     shape, item = told["shape"], _item_bytes(told["typestr"])
     length = item * math.prod(shape)
     if length != size:
-        raise InvalidBlock(f"{what} has {length} bytes, this layout takes {size}: give as many")
+        raise wrong_size(what, length, size)
     strides = told.get("strides")
     if strides is not None:
         packed = [item * math.prod(shape[at + 1 :]) for at in range(len(shape))]

@@ -8,7 +8,9 @@
 
 enum { LINE = 64, PAGE = 4096, PAGES = 4, CHUNK = PAGE * PAGES };
 
-#ifdef __SSE2__
+#ifndef __SSE2__
+#error "not for this processor: memmove does"
+#endif
 #include <emmintrin.h>
 
 static inline void copy_line(char *to, const char *from)
@@ -27,10 +29,8 @@ void kvstore_stream(void *target, const void *source, size_t size)
     const char *from = source;
     size_t head = -(uintptr_t)to & (LINE - 1);
 
-    if (size < head + CHUNK) {
-        memcpy(to, from, size);
-        return;
-    }
+    if (head > size)
+        head = size;
     memcpy(to, from, head);
     to += head, from += head, size -= head;
     for (; size >= CHUNK; to += CHUNK, from += CHUNK, size -= CHUNK)
@@ -40,9 +40,3 @@ void kvstore_stream(void *target, const void *source, size_t size)
     _mm_sfence();
     memcpy(to, from, size);
 }
-#else
-void kvstore_stream(void *target, const void *source, size_t size)
-{
-    memcpy(target, source, size);
-}
-#endif

@@ -106,7 +106,7 @@ def _dram(folder: Path, rounds: int, quick: bool, digest: Any) -> list[Figure]:
                 0.90 if verb.endswith("64") else 0.80,
                 f"memcpy {speeds[verb.split()[1]] / 1e9:.1f} GB/s, {len(found)} times"
                 + echoes.get(verb, "")
-                + ("" if streams() else "; ours are memmove, no compiler was there for others"),
+                + ("" if streams() else "; ours are memmove, others were not built"),
             )
             for verb, found in ratios.items()
         ]

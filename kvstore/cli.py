@@ -351,7 +351,7 @@ def drain(session: int | None) -> int:
     """
     with _connected() as client:
         found, written = client.drain(session or 0)
-        due = client.stats()["tenants"][_served(client)]["moves"]["due"]
+        due = 0 if session else client.stats()["tenants"][_served(client)]["moves"]["due"]
     if not found:
         return _fail(f"there is no session {session}: see kvstore sessions", FAILED)
     left = f"at most {due:,} are held back" if due else "nothing is due any more"

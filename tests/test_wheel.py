@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,8 @@ def test_the_wheel_holds_kvstore_alone_and_whole(tmp_path: Path, compiler: str) 
     subprocess.run(command, check=True, timeout=120, env=os.environ | COMPILERS[compiler])
     (wheel,) = tmp_path.glob("*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    compiled = compiler != "none" and shutil.which("cc") is not None
+    buildable = shutil.which("cc") is not None and platform.machine() == "x86_64"
+    compiled = compiler != "none" and buildable
     assert ("kvstore/client/streaming.abi3.so" in names) == compiled
     assert "-cp311-abi3-" in wheel.name, "one wheel is for all versions of Python"
     assert all(name.startswith("kvstore/") for name in names)

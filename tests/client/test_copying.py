@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import platform
 import random
 import shutil
 import signal
@@ -59,7 +60,8 @@ def test_each_byte_gets_to_its_place(helpers: Callable[[int], None], count: int,
 
 
 def test_large_copies_go_past_the_caches_where_that_could_be_built() -> None:
-    assert copying.streams() == (shutil.which("cc") is not None)
+    buildable = shutil.which("cc") is not None and platform.machine() == "x86_64"
+    assert copying.streams() == buildable
 
 
 @pytest.mark.parametrize("streams", [True, False])

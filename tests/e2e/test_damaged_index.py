@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import struct
-from pathlib import Path
 
 import pytest
 
-from kvstore.errors import InvalidConfig
-from kvstore.tenant import _make_folder
 from tests.e2e.conftest import MakeDaemon
 from tests.e2e.harness import contents, hashes, layout, targets
 
@@ -45,16 +41,3 @@ def test_a_place_that_cannot_be(make_daemon: MakeDaemon, byte: int, bit: int) ->
             assert not found or into[0] == want
         again = [key for key, found in zip(keys, there, strict=True) if not found]
         assert cache.put(again, contents(again, SIZE)).stored == 1
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="gives a link to another user")
-def test_a_link_of_another_user_is_not_followed(tmp_path: Path) -> None:
-    """He could make it lead elsewhere, and what it leads to was given our modes."""
-    (tmp_path / "real").mkdir()
-    link = tmp_path / "link"
-    link.symlink_to("real")
-    _make_folder(link / "mine", 0o750, None)
-    os.lchown(link, 12_345, 12_345)
-    with pytest.raises(InvalidConfig, match="belongs to another user"):
-        _make_folder(link / "other", 0o750, None)
-    assert not (tmp_path / "real" / "other").exists()

@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from kvstore.client import Cache
-from kvstore.errors import ArenaGone, KVStoreError, Unavailable
+from kvstore.errors import ArenaGone, InvalidConfig, KVStoreError, Unavailable
 from kvstore.protos import kvstore_pb2 as pb
+from kvstore.tenant import _make_folder
 from tests.e2e.conftest import MakeDaemon
 from tests.e2e.harness import KIB, MIB, Daemon, contents, hashes, layout, targets, wait_for
 from tests.e2e.raw import RawHatch, stranger
@@ -335,3 +336,16 @@ def test_an_arena_that_is_truncated(make_daemon: MakeDaemon, then: str) -> None:
     for one in unsaved:
         _right(back, [one])
     assert back.put(unsaved, contents(unsaved, SIZE)).refused == 0
+
+
+@needs_root
+def test_a_link_of_another_user_is_not_followed(tmp_path: Path) -> None:
+    """He could make it lead elsewhere, and what it leads to was given our modes."""
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to("real")
+    _make_folder(link / "mine", 0o750, None)
+    os.lchown(link, STRANGER, STRANGER)
+    with pytest.raises(InvalidConfig, match="belongs to another user"):
+        _make_folder(link / "other", 0o750, None)
+    assert not (tmp_path / "real" / "other").exists()
