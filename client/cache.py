@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvstore.client import checks
+from kvstore.client.ahead import Ahead, lost
 from kvstore.client.arena import addresses_of, on_device
 from kvstore.client.copy_out import CopyOut
 from kvstore.client.copying import copy_all
@@ -16,7 +17,7 @@ from kvstore.client.places import Places
 from kvstore.client.recall import FEW, FEW_BYTES, Recall
 from kvstore.client.reservation import NEW, PRESENT, REFUSED, Reservation
 from kvstore.client.results import GetResult, Match, PutResult
-from kvstore.errors import InvalidBlock, InvalidRequest, SessionLost, Unavailable
+from kvstore.errors import InvalidBlock, InvalidRequest, SessionLost
 from kvstore.protos import kvstore_pb2 as pb
 from kvstore.types import DRAM, NO_GPU, Layout, check_keys
 
@@ -45,7 +46,8 @@ class Cache:
         self.copier: Copier | None = None  # of CUDA buffers; None: that of the process
         # Of the layout, on that session. Its arena may be gone: nothing here keeps it.
         self._number: tuple[weakref.ref[Session], int] | None = None
-        self._recall = Recall()
+        self.recall = Recall()
+        self._ahead = Ahead(self)
         self._shapes: dict[tuple[int, int, int], bytes] = {}  # see `_told`
 
     def lookup(self, hashes: Sequence[bytes]) -> Match:
@@ -82,13 +84,16 @@ class Cache:
         end = time.monotonic() + wait_s
         copied_by = end + self.client.timeout_s  # by a device
         outcome = bytearray([REFUSED]) * len(hashes)
-        done = 0
+        done, alone = 0, shard is None and self._ahead.suits(sources)
         while done < len(hashes):
             # What is refused is the end of the list: it continues what has been stored by then.
             wait_s = min(DEADLINE_S, max(0.0, end - time.monotonic() - GRACE_S))
             answer_s = self.client.timeout_s if deadline_s is None else self._answer_s(wait_s)
+            stored = alone and self._ahead.put(hashes, sources, parent, hints, wait_s, answer_s)
+            if stored:
+                return stored
             session, reply = self._reserve(
-                hashes, parent, hints, wait_s, shard, answer_s=answer_s, skip=done
+                hashes, parent, hints, wait_s, shard, answer_s=answer_s, skip=done, lend=alone
             )
             status: bytes = reply.status
             new = [at for at, answer in enumerate(status, done) if answer == NEW]
@@ -100,6 +105,7 @@ class Cache:
             if REFUSED not in status or not new or time.monotonic() >= end:
                 break
             done += status.index(REFUSED)
+        self._ahead.pays = NEW in outcome
         return PutResult(*map(outcome.count, (NEW, PRESENT, REFUSED)))
 
     def get(
@@ -257,7 +263,7 @@ class Cache:
     ) -> None:
         """Blocks were there at these epochs."""
         if session.epochs is not None and then is not None:
-            self._recall.learn(session.epochs, hashes, places.offsets, then)
+            self.recall.learn(session.epochs, hashes, places.offsets, then)
 
     def _get_again(
         self,
@@ -271,7 +277,7 @@ class Cache:
         deadline = started + self.client.timeout_s
         session = self.client.session(deadline)
         epochs = session.epochs
-        found = self._recall.find(epochs, hashes)
+        found = self.recall.find(epochs, hashes)
         if epochs is None or found is None:
             return False
         offsets, then = found
@@ -351,6 +357,7 @@ class Cache:
         *,
         answer_s: float,
         skip: int | None = None,
+        lend: bool = False,
     ) -> tuple[Session, Any]:
         more: dict[str, Any] = {}
         if shard is not None:
@@ -367,6 +374,7 @@ class Cache:
             deadline_s=wait_s,
             again=skip is not None,
             skip=skip or 0,
+            lend=lend,
             **more,
         )
 
@@ -393,10 +401,7 @@ class Cache:
             if reservation.commit() == len(new):
                 self._seen(session, [hashes[at] for at in new], places, then)
         except SessionLost:
-            raise Unavailable(
-                f"the connection to {self.client.path} has ended: what this call had not committed "
-                "is not stored"
-            ) from None
+            raise lost(self.client) from None
         except BaseException:  # nobody could store these blocks while the lease lives
             if isinstance(sources, list):  # else the copier ends the reservation, at its time
                 reservation.abort()

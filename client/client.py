@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from kvstore import paths, types
 from kvstore.client import checks
+from kvstore.client.ahead import Spare
 from kvstore.client.arena import Arena
 from kvstore.client.cache import Cache
 from kvstore.client.recall import Epochs
@@ -122,9 +123,11 @@ class Session:
         self.transport = transport
         self.attached = attached
         self.arena = arena
-        self.epochs = Epochs.open(attached) if isinstance(transport, Wire) else None
+        self.wire = transport if isinstance(transport, Wire) else None
+        self.epochs = Epochs.open(attached) if self.wire is not None else None
         self.layouts: dict[Layout, int] = {}  # as opened through this connection
         self._writes = 0  # reservations that have not ended
+        self._spare: Spare | None = None
         self._lock = threading.Lock()
 
     def begin_write(self) -> None:
@@ -136,6 +139,33 @@ class Session:
         """They are not written any more."""
         with self._lock:
             self._writes -= 1
+
+    def keep_spare(self, layout: Layout, lease: int, offset: int) -> None:
+        """A slot has been lent. One is kept."""
+        with self._lock:
+            surplus, self._spare = self._spare, Spare(layout, lease, offset)
+        self._give_back(surplus)
+
+    def take_spare(self, layout: Layout) -> Spare | None:
+        """The slot that was lent, for whoever calls; None if there is none for this layout."""
+        with self._lock:
+            spare, self._spare = self._spare, None
+        if spare is None or spare.layout == layout:
+            return spare
+        self._give_back(spare)
+        return None
+
+    def close(self, why: str) -> None:
+        """End it."""
+        with self._lock:
+            spare, self._spare = self._spare, None
+        self._give_back(spare)
+        self.transport.close(why)
+
+    def _give_back(self, spare: Spare | None) -> None:
+        wire = self.wire
+        if spare is not None and wire is not None and wire.pid == os.getpid():
+            wire.give_back(spare.lease)
 
     @property
     def writing(self) -> bool:
@@ -278,7 +308,7 @@ class Client:
         if direct is not None and direct[1] is not None:
             direct[1].close()
         if session is not None:
-            session.transport.close("the client was closed")
+            session.close("the client was closed")
         if arena is not None:
             arena.close()
 

@@ -88,6 +88,8 @@ class Reservation:
         reply = self._end(pb.COMMIT, pb.CommitRequest, pb.CommitReply)
         if not reply.held:
             raise SessionLost("the reservation is void, nothing was stored: reserve again")
+        if reply.lent:
+            self._session.keep_spare(self._places.layout, reply.lent, reply.lent_offset)
         stored: int = reply.stored
         return stored
 

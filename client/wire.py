@@ -22,7 +22,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,10 @@ UNDO_S = 5.0  # for the daemon to take back what a caller that gave up was grant
 ABANDONED_S = 60.0  # a call that was given up and has no answer by then ends the connection
 
 # How the grant of a call that has given up is undone.
-_UNDO: dict[int, tuple[Any, int, Any]] = {
-    pb.ACQUIRE: (pb.AcquireReply, pb.RELEASE, pb.ReleaseRequest),
-    pb.RESERVE: (pb.ReserveReply, pb.ABORT, pb.AbortRequest),
+_UNDO: dict[int, tuple[Any, str, int, Any]] = {
+    pb.ACQUIRE: (pb.AcquireReply, "lease", pb.RELEASE, pb.ReleaseRequest),
+    pb.RESERVE: (pb.ReserveReply, "lease", pb.ABORT, pb.AbortRequest),
+    pb.COMMIT: (pb.CommitReply, "lent", pb.ABORT, pb.AbortRequest),
 }
 _WAKE = HEADER.pack(AFTER_LENGTH, pb.WAKE, 0, 0, NO_ANSWER)
 _ENDS_A_LEASE = (pb.COMMIT, pb.ABORT, pb.RELEASE)
@@ -129,8 +130,16 @@ class Wire:
                 self._socket.shutdown(socket.SHUT_RDWR)
             self._close_unused()
 
-    def call(self, verb: int, request: Any, reply: Any, deadline: float) -> Any:
-        """Send a request, return the verb's reply. `deadline` is on the monotonic clock.
+    def call(
+        self,
+        verb: int,
+        request: Any,
+        reply: Any,
+        deadline: float,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Any:
+        """Send a request, return the verb's reply. `deadline` is on the monotonic clock;
+        `meanwhile` is done before the answer is waited for.
 
         Raises what the daemon answered, DeadlineExceeded, or SessionLost when the connection ended.
         """
@@ -145,6 +154,8 @@ class Wire:
         try:
             self._send(HEADER.pack(AFTER_LENGTH + len(body), verb, 0, 0, number) + body, deadline)
             sent = True
+            if meanwhile is not None:
+                meanwhile()
             self._wait(call, deadline)
         finally:
             if not sent and verb in _ENDS_A_LEASE:
@@ -182,6 +193,11 @@ class Wire:
         """Say of sessions that have ended that nothing they were given is written any more."""
         body = pb.SettleRequest(sessions=sessions).SerializeToString()
         self._tell(pb.SETTLE, body, deadline)
+
+    def give_back(self, lease: int) -> None:
+        """What this write lease is of is not written any more. Hardly waits, never raises."""
+        body = pb.AbortRequest(lease=lease).SerializeToString()
+        self._tell(pb.ABORT, body, time.monotonic() + TELL_S, must=False)
 
     def wake(self) -> None:
         """A request follows in a moment: if the daemon may be asleep, it can wake up meanwhile, at
@@ -339,8 +355,8 @@ class Wire:
     def _undo(self, verb: int, call: _Call) -> None:
         assert call.answer is not None
         status, payload = call.answer
-        reply, undo_verb, undo = _UNDO[verb]
-        lease = 0 if status else reply.FromString(payload).lease
+        reply, granted, undo_verb, undo = _UNDO[verb]
+        lease = 0 if status else getattr(reply.FromString(payload), granted)
         if lease:
             answer = pb.ReleaseReply if undo_verb == pb.RELEASE else pb.AbortReply
             self.call(undo_verb, undo(lease=lease), answer, time.monotonic() + UNDO_S)

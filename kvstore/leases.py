@@ -75,7 +75,7 @@ class ReadLease:
 class WriteLease:
     """The right to write the slots of new blocks: all their shards, or the one named."""
 
-    __slots__ = ("after", "blocks", "entry", "number", "session", "shard")
+    __slots__ = ("after", "blocks", "entry", "number", "session", "shard", "spare")
 
     def __init__(
         self,
@@ -91,6 +91,7 @@ class WriteLease:
         self.blocks = blocks
         self.shard = shard
         self.after: Sequence[bytes | None] = ()  # keys of the chain before the blocks
+        self.spare: WriteLease | None = None  # of the slot that its commit lends
 
 
 class Session:

@@ -262,8 +262,11 @@ class Service:
 
     def _commit(self, session: Session, request: Any, answer: Answer) -> Any:
         self.requests["commit"] += 1
+        lent, page = self.store.spare(session, request.lease)
         stored = self.store.commit(session, request.lease, self._now())
-        return pb.CommitReply(held=stored is not None, stored=stored or 0)
+        reply = pb.CommitReply(held=stored is not None, stored=stored or 0, lent=lent)
+        reply.lent_offset = page * SLOT_ALIGNMENT
+        return reply
 
     def _abort(self, session: Session, request: Any, answer: Answer) -> Any:
         self.requests["abort"] += 1
@@ -395,6 +398,8 @@ class Service:
             force=last,
             context=keys[:skip] or ([request.parent] if request.parent else ()),
             hints=Hints.of(request.hints),
+            lend=request.lend,
+            lent=request.lent,
         )
         return None if reserved.waiting and not last else self._reserved(request, reserved)
 

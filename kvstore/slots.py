@@ -106,6 +106,13 @@ class Slots:
                 self._unassign(slab)
         self.used_bytes -= freed
 
+    def reseat(self, slot: int, owner: int) -> None:
+        """Somebody else has this slot, which is taken, from now on."""
+        slab, page = divmod(slot, self.slab_pages)
+        place = page * SLOT_ALIGNMENT // self._size[slab]
+        assert self._owners[slab][place] != NOBODY, f"slot {slot} is nobody's"
+        self._owners[slab][place] = owner
+
     def adopt(self, slots: Sequence[int], slot_bytes: int, owners: Sequence[int]) -> list[bool]:
         """Seat owners in given slots, as found after a restart. False where that cannot be: the
         slot lies outside, crosses a slab of another size, or is taken."""

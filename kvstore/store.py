@@ -57,9 +57,11 @@ class Store:
         note = self._learning.note
         self._reads = Reads(self.placement, self.sessions, self.holdings, note)
         self._writes = Writes(self.placement, self.sessions, self.holdings, self._learning)
+        self.lending = self._writes.lending
         self.commit = self._writes.commit
         self.reserve = self._writes.reserve
         self.abort = self._writes.abort
+        self.spare = self._writes.spare
         self.acquire = self._reads.acquire
         self.release = self._reads.release
         self.used = self._reads.used
@@ -198,6 +200,7 @@ class Store:
         answering, never before. Returns of how many they have not been told."""
         if self._learning.digest(now, most):
             self.placement.pump(now)
+        self.lending.go_on(self.limits, now)
         return self.undigested
 
     @property

@@ -11,6 +11,7 @@ from kvstore.catalog import DOOMED, LOADING, READY, STORED, WRITING, LayoutEntry
 from kvstore.holdings import Holdings
 from kvstore.learning import Learning, Offer
 from kvstore.leases import SEVERAL, Session, Sessions, WriteLease
+from kvstore.lending import Lending
 from kvstore.placement import Placement
 from kvstore.types import NVME
 
@@ -60,6 +61,7 @@ class Writes:
         self.counters = placement.counters
         self.sessions = sessions
         self.holdings = holdings
+        self.lending = Lending(placement, sessions)
         self._parts: dict[int, _Parts] = {}
         # Of them, those that nobody works on, idle for longest first.
         self._idle_parts: OrderedDict[int, None] = OrderedDict()
@@ -76,19 +78,22 @@ class Writes:
         force: bool = False,
         context: Sequence[bytes] = (),
         hints: Hints = NO_HINTS,
+        lend: bool = False,
+        lent: int = 0,
     ) -> Reserved:
         """Slots for those keys that are not here. Each new key is then being written by the caller.
 
         With `shard`, a block that others are writing shard by shard is joined. With `force`, blocks
         whose copy on NVMe is still due may be lost to make room. `context` are keys that the list
-        continues; they are not asked for.
+        continues; they are not asked for. The first new block goes to the slot of the lease `lent`,
+        if that can be; with `lend` the commit is to lend another.
         """
         status = bytearray(len(keys))
         claimed, fresh, present = self._sort_keys(entry, keys, shard, status)
+        spare = self.lending.usable(session, entry, lent) if fresh and shard is None else None
         if claimed or fresh:
-            self.holdings.check_leases(session)
             count = len(claimed) + len(fresh)
-            allowed = self.holdings.allow(session, entry, count, now)
+            allowed = self._allowed(session, entry, spare, count, now)
             if allowed < count:
                 claimed, fresh = _refuse_tail(claimed, fresh, allowed, status)
         if shard is not None:  # before making room: what is claimed is not given up
@@ -99,8 +104,9 @@ class Writes:
         flags, index = self.catalog.flags, entry.index
         offer = Offer.of(entry, context, keys, fresh, hints)
         chain = [index[key] for key in context if key in index] + present
-        wanted = self._contested(offer, blocks, chain, now)
-        got = self._take(blocks[:wanted], chain, now, force)
+        wanted = self._contested(offer, blocks, chain, now, int(spare is not None))
+        seated = self._seat(spare, blocks[:wanted], now)
+        got = seated + self._take(blocks[seated:wanted], chain, now, force)
         offer.cut(got)
         for at in fresh[got:]:
             status[at] = REFUSED
@@ -117,19 +123,57 @@ class Writes:
         if shard is not None:
             self._claim(granted, shard)
             granted = [entry.index[keys[at]] for at in sorted(claimed + fresh[:got])]
-        lease = None
-        if granted:
-            lease = WriteLease(self.sessions.next_number(), session, entry, granted, shard)
-            lease.after = [self.catalog.keys[block] for block in chain]
-            session.leases[lease.number] = lease
+        lease = self._lease(session, entry, granted, shard, chain, lend) if granted else None
         pages = [self.catalog.dram[block] for block in granted]
         return Reserved(bytes(status), pages, chain, lease, waiting)
 
+    def _lease(
+        self,
+        session: Session,
+        entry: LayoutEntry,
+        granted: list[int],
+        shard: int | None,
+        chain: list[int],
+        lend: bool,
+    ) -> WriteLease:
+        lease = WriteLease(self.sessions.next_number(), session, entry, granted, shard)
+        lease.after = [self.catalog.keys[block] for block in chain]
+        session.leases[lease.number] = lease
+        if lend:
+            self.lending.later(lease)
+        return lease
+
+    def _allowed(
+        self,
+        session: Session,
+        entry: LayoutEntry,
+        spare: WriteLease | None,
+        count: int,
+        now: float,
+    ) -> int:
+        """How many blocks the session may write now. One was counted when its slot was lent."""
+        self.holdings.check_leases(session)
+        if spare is not None:
+            self.holdings.give_back(session, entry, 1)
+        return self.holdings.allow(session, entry, count, now)
+
+    def _seat(self, spare: WriteLease | None, blocks: list[int], now: float) -> int:
+        """Give the first block the slot that was lent; how many got one."""
+        if spare is None:
+            return 0
+        if not blocks:
+            self.holdings.allow(spare.session, spare.entry, 1, now)  # lent it stays
+            return 0
+        self.lending.seat(spare, blocks[0])
+        return 1
+
     def _take(self, blocks: list[int], chain: list[int], now: float, force: bool) -> int:
         """Slots for leading blocks; how many got one. Those of their own chain go last."""
+        if not blocks:
+            return 0
         held = self.placement.protect(chain)
         got = self.placement.take_dram(blocks, now, force=force)
-        while blocks and not got and self.placement.give_up(held, patient=not force):
+        while not got and self.placement.give_up(held, patient=not force):
             got = self.placement.take_dram(blocks, now, force=force)
         self.placement.room.unpin(held)
         return got
@@ -148,7 +192,7 @@ class Writes:
         good = lease.blocks
         if doomed:
             good = [block for block in lease.blocks if not flags[block] & DOOMED]
-            self.placement.unwrite(doomed if lease.shard is None else self._let_go(doomed, lease))
+            self._unwrite(doomed if lease.shard is None else self._let_go(doomed, lease))
         stored = len(good)
         if lease.shard is not None:
             good = self._shard_done(good, lease)
@@ -177,11 +221,19 @@ class Writes:
         if not isinstance(lease, WriteLease):
             return False
         del session.leases[number]
-        self.counters.aborted += len(lease.blocks)
-        self.placement.unwrite(
-            lease.blocks if lease.shard is None else self._let_go(lease.blocks, lease)
-        )
+        if not self.lending.is_lent(lease):
+            self.counters.aborted += len(lease.blocks)
+        self._unwrite(lease.blocks if lease.shard is None else self._let_go(lease.blocks, lease))
+        if lease.spare is not None:
+            self.abort(session, lease.spare.number, now)
         return True
+
+    def spare(self, session: Session, number: int) -> tuple[int, int]:
+        """Lease and page of the slot that the commit of a lease lends; 0, 0 where it lends none."""
+        lease = session.leases.get(number)
+        if not isinstance(lease, WriteLease) or lease.spare is None:
+            return 0, 0
+        return lease.spare.number, self.catalog.dram[lease.spare.blocks[0]]
 
     def quarantine(self, leases: Iterable[WriteLease]) -> list[int]:
         """Who held these leases has gone, but its processes may still write. Nobody joins the
@@ -209,7 +261,7 @@ class Writes:
                     continue
                 del self._parts[block]
             over.append(block)
-        self.placement.unwrite(over)
+        self._unwrite(over)
 
     def give_up_idle(self, blocks: Iterable[int | None]) -> None:
         """These blocks were doomed, or somebody has them whole: those of which some shards are
@@ -272,17 +324,23 @@ class Writes:
             ghosts.pop(row, None)  # type: ignore[arg-type]  # what has none is no ghost
         return [next(rest) if row is None else row for row in rows]
 
+    def _unwrite(self, blocks: Sequence[int]) -> None:
+        self.lending.over(blocks)
+        self.placement.unwrite(blocks)
+
     def _unrow(self, blocks: Sequence[int]) -> None:
         self.placement.room.settle(blocks, "refused")
 
-    def _contested(self, offer: Offer, blocks: list[int], chain: list[int], now: float) -> int:
-        """How many leading ones of new blocks are worth a slot. Where NVMe takes what DRAM has no
-        room for, all are; and where nothing is known of the request that they are part of."""
+    def _contested(
+        self, offer: Offer, blocks: list[int], chain: list[int], now: float, ready: int
+    ) -> int:
+        """How many leading ones of new blocks are worth a slot; some have one `ready`. Where NVMe
+        takes what DRAM has no room for, all are; and where nothing is known of their request."""
         room = self.placement.room
         if not blocks or self.placement.health.ok or not room.family.contests:
             return len(blocks)
         asked = self._learning.wanted(offer)
-        short = len(blocks) - room.dram.free(offer.entry.slot_bytes)
+        short = len(blocks) - ready - room.dram.free(offer.entry.slot_bytes)
         if asked is None or short <= 0:
             return len(blocks)
         self._learning.born(offer.rows, offer.fresh, asked)

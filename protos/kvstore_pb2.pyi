@@ -202,7 +202,7 @@ class LookupReply(_message.Message):
     def __init__(self, length: _Optional[int] = ..., tiers: _Optional[bytes] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("keys", "shard", "parent", "hints", "deadline_s", "again", "skip")
+    __slots__ = ("keys", "shard", "parent", "hints", "deadline_s", "again", "skip", "lend", "lent")
     KEYS_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
@@ -210,6 +210,8 @@ class ReserveRequest(_message.Message):
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     AGAIN_FIELD_NUMBER: _ClassVar[int]
     SKIP_FIELD_NUMBER: _ClassVar[int]
+    LEND_FIELD_NUMBER: _ClassVar[int]
+    LENT_FIELD_NUMBER: _ClassVar[int]
     keys: Keys
     shard: int
     parent: bytes
@@ -217,7 +219,9 @@ class ReserveRequest(_message.Message):
     deadline_s: float
     again: bool
     skip: int
-    def __init__(self, keys: _Optional[_Union[Keys, _Mapping]] = ..., shard: _Optional[int] = ..., parent: _Optional[bytes] = ..., hints: _Optional[_Union[Hints, _Mapping]] = ..., deadline_s: _Optional[float] = ..., again: bool = ..., skip: _Optional[int] = ...) -> None: ...
+    lend: bool
+    lent: int
+    def __init__(self, keys: _Optional[_Union[Keys, _Mapping]] = ..., shard: _Optional[int] = ..., parent: _Optional[bytes] = ..., hints: _Optional[_Union[Hints, _Mapping]] = ..., deadline_s: _Optional[float] = ..., again: bool = ..., skip: _Optional[int] = ..., lend: bool = ..., lent: _Optional[int] = ...) -> None: ...
 
 class ReserveReply(_message.Message):
     __slots__ = ("lease", "status", "offsets")
@@ -236,12 +240,16 @@ class CommitRequest(_message.Message):
     def __init__(self, lease: _Optional[int] = ...) -> None: ...
 
 class CommitReply(_message.Message):
-    __slots__ = ("held", "stored")
+    __slots__ = ("held", "stored", "lent", "lent_offset")
     HELD_FIELD_NUMBER: _ClassVar[int]
     STORED_FIELD_NUMBER: _ClassVar[int]
+    LENT_FIELD_NUMBER: _ClassVar[int]
+    LENT_OFFSET_FIELD_NUMBER: _ClassVar[int]
     held: bool
     stored: int
-    def __init__(self, held: bool = ..., stored: _Optional[int] = ...) -> None: ...
+    lent: int
+    lent_offset: int
+    def __init__(self, held: bool = ..., stored: _Optional[int] = ..., lent: _Optional[int] = ..., lent_offset: _Optional[int] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("lease",)

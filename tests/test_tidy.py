@@ -50,6 +50,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "index",
             "index_reader",
             "learning",
+            "lending",
             "leases",
             "limits",
             "mirror",

@@ -12,11 +12,13 @@ from collections import Counter
 
 from kvstore.catalog import DOOMED, LOADING, NOWHERE, READY, STORED, LayoutEntry
 from kvstore.leases import ReadLease, Session, WriteLease
+from kvstore.lending import NAME
 from kvstore.mirror import NO_OFFSET
 from kvstore.orders import IndexPut, Move, MoveKind, Outcome
 from kvstore.slots import NOBODY
 from kvstore.store import Store
 from kvstore.types import NO_GPU, SLOT_ALIGNMENT
+from kvstore.writes import Reserved
 from tests.brain.rankings import check_family
 
 Token = tuple[bytes, int, int]  # key with layout, version, shard
@@ -123,6 +125,22 @@ class Books:
         catalog = self.store.catalog
         block = catalog.layouts[name[0]].index.get(name[1])
         return None if block in catalog.ghosts else block
+
+    def _resident(self) -> set[Name]:
+        """Blocks that are in some tier, whether or not it can be used."""
+        catalog = self.store.catalog
+        return {
+            (catalog.layout[block], key)
+            for block, key in enumerate(catalog.keys)
+            if key is not None and catalog.flags[block] & (READY | STORED)
+        }
+
+    def _unsaved(self) -> set[Name]:
+        """Blocks in DRAM that have no copy on a device that works."""
+        if not self.store.placement.health.ok:
+            return set()
+        stored = {(put.entry.number, put.key) for put in self.index.values()}
+        return {name for state, name in self.table.values() if state == "committed"} - stored
 
     def is_true(self, name: Name, content: Bytes, floor: int) -> bool:
         """Whether these bytes were committed under the name, and after that step."""
@@ -323,10 +341,42 @@ class Books:
     def _size(self, owners: dict[int, int]) -> int:
         return sum(self.store.catalog.entry(block).slot_bytes for block in owners.values())
 
+    # -- lent slots ----------------------------------------------------------------------------
+
+    def lent(self, session: Session) -> list[Writer]:
+        """What was lent to a session, or is ready to be; it writes there when it likes."""
+        return [w for w in self.writers if w.session is session and w.names[0][1] == NAME]
+
+    def _note_lent(self) -> None:
+        known = {writer.lease for writer in self.writers}
+        for session in self.store.sessions:
+            for lease in session.leases.values():
+                if isinstance(lease, WriteLease) and lease not in known:
+                    (page,) = (self.store.catalog.dram[block] for block in lease.blocks)
+                    shards = tuple(range(lease.entry.layout.shards))
+                    assert page not in self.dram or page not in self.partial
+                    self.dram[page] = [JUNK] * len(shards)
+                    self.writers.append(
+                        Writer(
+                            session, lease, [(lease.entry.number, NAME)], [page], shards, 0, {page}
+                        )
+                    )
+                    self.marks["lent"] += 1
+
+    def took(self, lent: Writer | None, reserved: Reserved, entry: LayoutEntry) -> None:
+        """A session that had been lent a slot of its own has reserved whole blocks."""
+        if lent is not None and lent.lease.entry is entry and reserved.pages:
+            assert reserved.pages[0] == lent.pages[0], "it was lent for nothing"
+            self.marks["lent slot taken"] += 1
+        if lent is not None and lent.lease.number not in lent.session.leases:
+            assert reserved.pages and reserved.pages[0] == lent.pages[0]
+            self.writers.remove(lent)
+
     # -- orders --------------------------------------------------------------------------------
 
     def carry_out(self) -> list[ReadLease]:
         """Do what the store wants done, as the hands do; the leases that it answered."""
+        self._note_lent()
         orders, catalog = self.store.take_orders(), self.store.catalog
         for page in orders.marks:
             block = self.store.room.dram.owner(page)

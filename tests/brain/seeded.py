@@ -91,12 +91,19 @@ def unanswered(world: World) -> list[Reader]:
     return [reader for reader in world.readers if not reader.lease.answered]
 
 
-def put(world: World, session: Session, layout: int, keys: Sequence[bytes]) -> None:
+def put(
+    world: World, session: Session, layout: int, keys: Sequence[bytes], *, lend: bool = False
+) -> None:
     """A whole put: what an engine does most."""
-    world.reserve(session, layout, keys)
+    world.reserve(session, layout, keys, lend=lend, lent=next(iter(world.lent(session)), None))
     world.after()
-    if world.writers and world.writers[-1].session is session:
-        world.commit(world.writers[-1])
+    if lend:  # while the client copies
+        world.store.digest(world.now)
+        world.after()
+    mine = [writer for writer in world.writers if writer.session is session]
+    named = [writer for writer in mine if writer not in world.lent(session)]
+    if named:
+        world.commit(named[-1])
 
 
 class Seeded:
@@ -189,17 +196,21 @@ class Seeded:
         self.world.unquarantine(self._pick(self.world.ghosts))
 
     def _put(self) -> None:
-        put(self.world, self._pick(self.world.sessions), self._layout(), self._keys())
+        lend = self.chance.random() < 0.5
+        put(self.world, self._pick(self.world.sessions), self._layout(), self._keys(), lend=lend)
 
     def _reserve(self) -> None:
         context, keys = self._context_and_keys()
+        session = self._pick(self.world.sessions)
         self.world.reserve(
-            self._pick(self.world.sessions),
+            session,
             self._layout(),
             list(dict.fromkeys(keys)),
             shard=self._pick((None, 0, 1, 2)),
             force=self.chance.random() < 0.3,
             context=context,
+            lend=self.chance.random() < 0.3,
+            lent=self._pick([None, *self.world.lent(session)]),
         )
 
     def _commit(self) -> None:

@@ -101,19 +101,36 @@ class Machine(RuleBasedStateMachine):
         shard=st.none() | st.integers(0, 2),
         force=st.booleans(),
         skip=context_length,
+        lend=st.booleans(),
+        lent=st.booleans(),
     )
     def reserve(
-        self, who: int, what: int, keys: list[bytes], shard: int | None, force: bool, skip: int
+        self,
+        who: int,
+        what: int,
+        keys: list[bytes],
+        shard: int | None,
+        force: bool,
+        skip: int,
+        lend: bool,
+        lent: bool,
     ) -> None:
         session, layout = _one(self.world.sessions, who), self.layout(what)
         self.world.reserve(
-            session, layout, keys[skip:], shard=shard, force=force, context=keys[:skip]
+            session,
+            layout,
+            keys[skip:],
+            shard=shard,
+            force=force,
+            context=keys[:skip],
+            lend=lend,
+            lent=next(iter(self.world.lent(session)), None) if lent else None,
         )
 
     @precondition(lambda self: self.world.sessions)
-    @rule(who=place, what=place, keys=run_of_keys)
-    def put(self, who: int, what: int, keys: list[bytes]) -> None:
-        put(self.world, _one(self.world.sessions, who), self.layout(what), keys)
+    @rule(who=place, what=place, keys=run_of_keys, lend=st.booleans())
+    def put(self, who: int, what: int, keys: list[bytes], lend: bool) -> None:
+        put(self.world, _one(self.world.sessions, who), self.layout(what), keys, lend=lend)
 
     @precondition(lambda self: self.world.writers)
     @rule(at=place)
@@ -284,6 +301,8 @@ def test_the_runs_went_everywhere() -> None:
         "hit on nvme",
         "idle parts given up",
         "joined a load in flight",
+        "lent",
+        "lent slot taken",
         "nvme corrupt",
         "nvme replaced",
         "nvme room",

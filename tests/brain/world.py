@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from kvstore.catalog import DOOMED, NOWHERE, READY, STORED, LayoutEntry
+from kvstore.catalog import DOOMED, NOWHERE, LayoutEntry
 from kvstore.errors import LimitExceeded
 from kvstore.eviction.base import Family, Independent
 from kvstore.eviction.lru import LRU
@@ -71,6 +71,7 @@ class World(Books):
         self.version = 0
         self.sessions: list[Session] = []
         self.kept: set[Name] = set()
+        self.store.lending.part = 2
         self.entries = [self.store.open(layout_of(number)) for number in range(layouts)]
 
     def after(self) -> None:
@@ -139,6 +140,8 @@ class World(Books):
         shard: int | None = None,
         force: bool = False,
         context: Sequence[bytes] = (),
+        lend: bool = False,
+        lent: Writer | None = None,
     ) -> Reserved | None:
         entry, shards = self.entries[number], self.entries[number].layout.shards
         shard = None if shard is None else shard % shards
@@ -150,7 +153,15 @@ class World(Books):
         spills = self.store.placement.spills
         try:
             reserved = self.store.reserve(
-                session, entry, keys, self.now, shard=shard, force=force, context=context
+                session,
+                entry,
+                keys,
+                self.now,
+                shard=shard,
+                force=force,
+                context=context,
+                lend=lend,
+                lent=lent.lease.number if lent is not None else 0,
             )
         except LimitExceeded:
             assert len(session.leases) == self.store.limits.leases_per_session
@@ -174,6 +185,7 @@ class World(Books):
             self.marks["forced loss"] += 1
         if kept - self._resident():
             self.marks["retained weakest evicted"] += 1
+        self.took(lent if shard is None else None, reserved, entry)
         if reserved.lease is not None:
             self._writes(session, reserved, [(number, key) for key in news], shard)
         return reserved
@@ -211,7 +223,9 @@ class World(Books):
             assert self.store.lookup(entry, [key]) == b"\1", "committed, and not there"
 
     def abort(self, writer: Writer) -> None:
-        self.writers.remove(writer)
+        self.writers = [
+            w for w in self.writers if w.lease not in (writer.lease, writer.lease.spare)
+        ]
         for page in writer.pages:
             self._end_partial(page)
         assert self.store.abort(writer.session, writer.lease.number, self.now)
@@ -477,22 +491,6 @@ class World(Books):
         )
         self.marks["hit on nvme"] += 2 in lease.tiers
         self.granted_copies(reader)
-
-    def _resident(self) -> set[Name]:
-        """Blocks that are in some tier, whether or not it can be used."""
-        catalog = self.store.catalog
-        return {
-            (catalog.layout[block], key)
-            for block, key in enumerate(catalog.keys)
-            if key is not None and catalog.flags[block] & (READY | STORED)
-        }
-
-    def _unsaved(self) -> set[Name]:
-        """Blocks in DRAM that have no copy on a device that works."""
-        if not self.store.placement.health.ok:
-            return set()
-        stored = {(put.entry.number, put.key) for put in self.index.values()}
-        return {name for state, name in self.table.values() if state == "committed"} - stored
 
 
 def _owner(name: Name) -> bytes:

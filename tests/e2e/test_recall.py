@@ -368,7 +368,7 @@ def test_what_is_known_is_bounded(cache: Cache, monkeypatch: pytest.MonkeyPatch)
     for key in hashes(30, "recall bound"):
         put(cache, [key])
         assert get(cache, [key]) == 1
-    assert len(cache._recall._seen[1]) <= 10
+    assert len(cache.recall._seen[1]) <= 10
 
 
 def test_reading_again_keeps_a_block(make_daemon: MakeDaemon) -> None:

@@ -486,7 +486,7 @@ def test_an_exception_while_copying_leaves_nothing(cache: Cache, monkeypatch: An
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
                 cache.get(KEYS, targets(4, SIZE))
-            cache._recall = recall.Recall()
+            cache.recall = recall.Recall()
     assert cache.client.stats().tenants.default.leases == 0
     assert cache.put(NEW, BLOCKS).stored == 2
     assert cache.forget(NEW) == 2

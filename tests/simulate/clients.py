@@ -117,6 +117,9 @@ class Client(Program):
         """Tell the daemon of sessions that were lost, and that nobody writes for any more."""
         over = [one for one in self._lost if not one.filling]
         self._lost = [one for one in self._lost if one.filling]
+        for one in over:
+            for lease in list(one.lent):
+                self._give_back(one, lease)
         if over and self.connection is not None:
             numbers = [one.number for one in over]
             self._tell(self.connection, pb.SETTLE, pb.SettleRequest(sessions=numbers))
@@ -130,6 +133,7 @@ class Client(Program):
         request: Any,
         names: Sequence[Name] = (),
         wait_s: float = 0.0,
+        meanwhile: Script | None = None,
     ) -> Generator[Any, Any, Any]:
         """The reply; None where there is none: refused, too late, or the connection has ended."""
         waiter = Waiter()
@@ -137,6 +141,13 @@ class Client(Program):
             yield waiter  # for ever
         if not connection.send(verb, request, list(names), waiter.take):
             return None
+        if meanwhile is not None:
+            yield from meanwhile
+            if self.dying:
+                yield Waiter()
+            if waiter.reply is not None or connection.ended:
+                reply = waiter.reply
+                return None if isinstance(reply, KVStoreError) else reply
         until = max(GIVE_UP_S, wait_s + GRACE_S)
         timer = self.process.call_later(until, self._give_up, waiter, connection, verb)
         reply = yield waiter
@@ -150,6 +161,8 @@ class Client(Program):
             waiter.late = lambda reply: self._undo_reserve(connection, reply)
         elif verb == pb.ACQUIRE:
             waiter.late = lambda reply: self._undo_acquire(connection, reply)
+        elif verb == pb.COMMIT:
+            waiter.late = lambda reply: self._undo_commit(connection, reply)
         resume, waiter.resume = waiter.resume, None
         assert resume is not None
         resume(None)
@@ -164,6 +177,18 @@ class Client(Program):
         if not isinstance(reply, KVStoreError) and reply.lease:
             self.world.marks["grant given back"] += 1
             self._release(connection, reply.lease)
+
+    def _undo_commit(self, connection: Connection, reply: Any) -> None:
+        if not isinstance(reply, KVStoreError) and reply.lent:
+            self.world.marks["lent slot given back"] += 1
+            self._give_back(connection, reply.lent)
+
+    def _give_back(self, connection: Connection, lease: int) -> None:
+        """A slot that was lent is not written any more."""
+        lent = connection.lent.pop(lease, None)
+        if lent is not None:
+            self.world.holders.end(lent)
+        self._tell(connection, pb.ABORT, pb.AbortRequest(lease=lease))
 
     def _tell(self, connection: Connection, verb: int, request: Any) -> bool:
         """Send a request that is not answered."""
@@ -195,12 +220,27 @@ class Client(Program):
             again=self.chance.random() < 0.2,
             skip=skip,
         )
-        reply = yield from self._call(connection, pb.RESERVE, request, names, wait_s)
+        alone = shard is None and len(names) - skip == 1 and self.chance.random() < 0.9
+        spare = self._spare(connection, layout) if alone else None
+        request.lend, ahead = alone, None
+        if spare is not None:
+            request.lent = spare
+            ahead = self._ahead(connection, connection.lent[spare], names[-1])
+        connection.filling += 1
+        reply = yield from self._call(connection, pb.RESERVE, request, names, wait_s, ahead)
+        if spare is not None and reply is None:
+            self._give_back(connection, spare)
+        elif spare is not None and spare in connection.lent:
+            connection.spares.append(spare)
         if reply is None or not reply.lease or reply.lease not in connection.writes:
+            connection.filling -= 1
+            if connection.ended:
+                self._settle()
             return
         writing = connection.writes[reply.lease]
-        connection.filling += 1
-        complete = yield from self._fill(writing, connection)
+        complete = True
+        if spare is None or spare in connection.lent:
+            complete = yield from self._fill(writing, connection)
         if self.dying:
             yield Waiter()
         self.world.holders.end(writing)
@@ -211,12 +251,30 @@ class Client(Program):
             yield from self._call(connection, pb.ABORT, pb.AbortRequest(lease=reply.lease))
             return
         commit = pb.CommitRequest(lease=reply.lease)
-        if self.chance.random() < 0.5:
+        if not alone and self.chance.random() < 0.5:
             self._tell(connection, pb.COMMIT, commit)
             return
         done = yield from self._call(connection, pb.COMMIT, commit)
         if done is not None:
             assert done.held, "a lease ended before its session"
+            if done.lent:
+                connection.spares.append(done.lent)
+
+    def _spare(self, connection: Connection, layout: int) -> int | None:
+        """The lease of a slot that was lent for blocks of a layout."""
+        for lease in connection.spares:
+            if lease in connection.lent and connection.lent[lease].names[0][0] == layout:
+                connection.spares.remove(lease)
+                return lease
+        return None
+
+    def _ahead(self, connection: Connection, lent: Writing, name: Name) -> Script:
+        """Copy a block to a lent slot."""
+        layout = lent.layout
+        for shard in range(layout.shards):
+            yield self.world.copy_s()
+            data = content(name, shard, lent.version, layout.shard_bytes)
+            self.copy(lent, [(lent.offsets[0] + shard * layout.shard_bytes, data)])
 
     def _fill(self, writing: Writing, connection: Connection) -> Generator[Any, Any, bool]:
         """Copy into the slots, in pieces and in any order; whether all of them were copied."""

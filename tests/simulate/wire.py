@@ -53,6 +53,8 @@ class Connection:
         self.filling = 0  # leases under which the client is copying
         self.asked: list[Asked] = []
         self.writes: dict[int, Writing] = {}  # leases as the client was told of them
+        self.lent: dict[int, Writing] = {}  # slots, by their leases, for what is stored next
+        self.spares: list[int] = []  # those of them that no thread of the client uses
         self.reads: dict[int, Reading] = {}
         self._waiting: list[Callable[[Any], None]] = []
         self._there_at = self._back_at = 0.0
@@ -196,6 +198,7 @@ class Connection:
                 ledger.committed(name, version)
         elif verb == pb.ABORT:
             self.writes.pop(request.lease, None)
+            self.lent.pop(request.lease, None)
         elif verb == pb.FORGET:
             ledger.forgotten(names, moment)
 
@@ -224,8 +227,11 @@ class Connection:
             self.daemon.refuse(reply)
         elif asked.verb == pb.RESERVE and reply.lease:
             self._granted_write(asked, reply)
-        elif asked.verb == pb.COMMIT and asked.written is not None:
-            self._check_committed(asked.written, reply)
+        elif asked.verb == pb.COMMIT:
+            if asked.written is not None:
+                self._check_committed(asked.written, reply)
+            if reply.lent:
+                self._lends(reply)
         elif asked.verb == pb.ACQUIRE:
             self._granted_read(asked, reply)
         elif asked.verb == pb.CLEAR:
@@ -237,14 +243,21 @@ class Connection:
         world = self.world
         statuses = zip(asked.names[asked.request.skip :], reply.status, strict=True)
         names = [name for name, status in statuses if status == NEW]
+        offsets = list(unpack(f"<{len(reply.offsets) // 8}Q", reply.offsets))
+        lent = self.lent.get(asked.request.lent)
+        if lent is not None and lent.offsets == offsets[:1]:
+            world.marks["lent slot taken"] += 1
+            world.holders.end(self.lent.pop(asked.request.lent))
+        else:
+            lent = None
         writing = Writing(
             [self.client],
             self.arena,
             names,
-            list(unpack(f"<{len(reply.offsets) // 8}Q", reply.offsets)),
+            offsets,
             world.layouts[names[0][0]],
             shard=asked.request.shard if asked.request.HasField("shard") else None,
-            version=world.ledger.new_version(),
+            version=lent.version if lent is not None else world.ledger.new_version(),
             born=world.moment(),
         )
         world.holders.begin(writing)
@@ -253,6 +266,26 @@ class Connection:
         for offset in writing.offsets:
             assert states.get(offset) == WRITING, "granted, and the slot table does not say so"
         self.writes[reply.lease] = writing
+
+    def _lends(self, reply: Any) -> None:
+        world, session = self.world, self.session
+        assert session is not None
+        layout = session.leases[reply.lent].entry.layout
+        lent = Writing(
+            [self.client],
+            self.arena,
+            [(world.layouts.index(layout), b"lent")],
+            [reply.lent_offset],
+            layout,
+            shard=None,
+            version=world.ledger.new_version(),
+            born=world.moment(),
+        )
+        world.holders.begin(lent)
+        self.arena.spoilt.difference_update(lent.offsets)
+        states = self.daemon.states()
+        assert states.get(reply.lent_offset) == WRITING, "lent, and the slot table does not say so"
+        self.lent[reply.lent] = lent
 
     def _check_committed(self, written: Writing, reply: Any) -> None:
         """What the client hears is in the slot table."""

@@ -1,0 +1,146 @@
+"""Storing a single block: it is copied while the daemon is asked where to.
+
+The commit of such a block lends the slot for the next one. What is stored next is copied there at
+once; the answer to the reserve, which comes meanwhile, says that the slot is the block's now. If it
+says anything else, the copy counts for nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from kvstore import paths
+from kvstore.client import checks
+from kvstore.client.copying import copy
+from kvstore.client.reservation import NEW, PRESENT
+from kvstore.client.results import PutResult
+from kvstore.errors import SessionLost, Unavailable
+from kvstore.protos import kvstore_pb2 as pb
+from kvstore.types import Layout
+
+if TYPE_CHECKING:
+    from kvstore.client.cache import Cache
+    from kvstore.client.client import Client, Session
+    from kvstore.client.wire import Wire
+
+LEAST_BYTES = 256 << 10  # of a block; smaller ones are copied sooner than the daemon is asked
+
+
+class Spare(NamedTuple):
+    """A slot that was lent: for blocks of which layout, its lease, and where it is."""
+
+    layout: Layout
+    lease: int
+    offset: int
+
+
+def lost(client: Client) -> Unavailable:
+    """The error for who loses the connection between reserve and commit."""
+    return Unavailable(
+        f"the connection to {client.path} has ended: what this call had not committed is not stored"
+    )
+
+
+class Ahead:
+    """Of one cache. `pays`: what was stored last was new, so the next may be as well."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.pays = True
+        self._hatch = cache.client.path.name != paths.FRONT_DOOR
+        self._client = cache.client
+        self._layout = cache.layout
+        self._recall = cache.recall
+
+    def suits(self, sources: Any) -> bool:
+        """Whether this is one block, in host memory, and worth it."""
+        return (
+            self._hatch
+            and type(sources) is list
+            and len(sources) == 1
+            and self._layout.block_bytes >= LEAST_BYTES
+        )
+
+    def put(
+        self,
+        hashes: Sequence[bytes],
+        sources: Any,
+        parent: bytes | None,
+        hints: Mapping[str, str] | None,
+        wait_s: float,
+        answer_s: float,
+    ) -> PutResult | None:
+        """See `Cache.put`; `answer_s` is how long the daemon may take to answer. None when it must
+        be done in the usual way: nothing has happened then."""
+        if not self.pays:
+            return None
+        client, deadline = self._client, time.monotonic() + answer_s
+        request = pb.ReserveRequest(
+            parent=checks.parent(parent), deadline_s=wait_s, again=True, lend=True
+        )
+        if hints:
+            request.hints.CopyFrom(checks.hints_of(hints))
+        session = client.session(deadline)
+        wire, spare = session.wire, session.take_spare(self._layout)
+        if wire is None or spare is None:
+            return None
+        request.lent = spare.lease
+        keys = request.keys
+        keys.layout, keys.hash_bytes = session.layouts[self._layout], len(hashes[0])
+        keys.hashes = hashes[0]
+        session.begin_write()
+        try:
+            if wire.dead is None:  # else it was perhaps not seen that we write
+                return self._put(session, wire, spare, request, hashes, sources[0], deadline)
+            return None
+        finally:
+            client.end_write(session)
+
+    def _put(
+        self,
+        session: Session,
+        wire: Wire,
+        spare: Spare,
+        request: Any,
+        hashes: Sequence[bytes],
+        source: int,
+        deadline: float,
+    ) -> PutResult | None:
+        held, base, size = spare.lease, session.arena.address, self._layout.block_bytes
+        offset, epochs = spare.offset, session.epochs
+        try:
+            reply = wire.call(
+                pb.RESERVE,
+                request,
+                pb.ReserveReply,
+                deadline,
+                lambda: copy(base + offset, source, size),
+            )
+            status = reply.status[0]
+            if status != NEW:
+                held, self.pays = 0, False
+                session.keep_spare(*spare)
+                return PutResult(0, 1, 0) if status == PRESENT else None
+            held, given = reply.lease, int.from_bytes(reply.offsets, "little")
+            if given != offset:  # that slot was not lent any more
+                copy(base + given, source, size)
+            then = epochs.after((given,)) if epochs is not None else ()
+            held = 0
+            commit = pb.CommitRequest(lease=reply.lease)
+            end = wire.call(pb.COMMIT, commit, pb.CommitReply, self._client.deadline())
+        except SessionLost:
+            if held == spare.lease:
+                return None
+            raise lost(self._client) from None
+        except BaseException:  # nobody could store this block while the lease lives
+            if held:
+                wire.give_back(held)
+            raise
+        if end.lent:
+            session.keep_spare(self._layout, end.lent, end.lent_offset)
+        if not end.held:
+            raise lost(self._client)
+        if end.stored and epochs is not None:
+            self._recall.learn(epochs, hashes, (given,), then)
+        return PutResult(1, 0, 0)

@@ -1,0 +1,366 @@
+"""Single blocks are copied to a slot that was lent while the daemon is asked: the right bytes under
+each hash, whatever it answers, and nothing stays lent for ever."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from kvstore.client import Cache, Client, ahead
+from kvstore.client import copying as copying_module
+from kvstore.errors import DeadlineExceeded, InvalidRequest, Unavailable
+from kvstore.protos import kvstore_pb2 as pb
+from tests.e2e.conftest import MakeDaemon
+from tests.e2e.harness import (
+    MIB,
+    Daemon,
+    content,
+    contents,
+    hashes,
+    layout,
+    targets,
+    wait_for,
+)
+from tests.soak.children import Child
+
+SIZE = ahead.LEAST_BYTES
+KEYS = hashes(8, "ahead")
+LAYOUT = layout("ahead", shard_bytes=SIZE)
+
+
+@pytest.fixture
+def daemon(make_daemon: MakeDaemon) -> Daemon:
+    """DRAM holds 512 of the blocks: two slots may be lent."""
+    return make_daemon(dram={"size": 128 * MIB, "slab_size": 8 * MIB}, nvme={"size": "0"}).start()
+
+
+@pytest.fixture
+def cache(daemon: Daemon) -> Cache:
+    return daemon.client().open(LAYOUT)
+
+
+class Copies:
+    """What was copied ahead, and what is to happen before that."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.before: Callable[[], object] = lambda: None
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        self.count += 1
+        self.before()
+        copying_module.copy(target, source, size)
+
+
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> Copies:
+    found = Copies()
+    monkeypatch.setattr(ahead, "copy", found.copy)
+    return found
+
+
+def put(cache: Cache, key: bytes) -> tuple[int, int, int]:
+    done = cache.put([key], [content(key, SIZE)])
+    return done.stored, done.present, done.refused
+
+
+def assert_there(cache: Cache, keys: list[bytes]) -> None:
+    """Read by another client, who asks for them."""
+    with Client(cache.client.path, 5.0) as other:
+        into = targets(len(keys), SIZE)
+        assert other.open(LAYOUT).get(keys, into).length == len(keys)
+        assert into == contents(keys, SIZE)
+
+
+def lent(daemon: Daemon) -> int:
+    found: int = daemon.stats().blocks.lent
+    return found
+
+
+def test_blocks_one_by_one(daemon: Daemon, cache: Cache, copies: Copies) -> None:
+    assert [put(cache, key) for key in KEYS] == [(1, 0, 0)] * len(KEYS)
+    assert copies.count == len(KEYS) - 1  # nothing was lent before the first
+    assert_there(cache, KEYS)
+    stats = daemon.stats()
+    assert stats.blocks.stored == stats.tiers.dram.blocks == stats.blocks.known == len(KEYS)
+    assert stats.tiers.dram.used_bytes == (len(KEYS) + 1) * SIZE
+    assert (stats.blocks.lent, stats.leases, stats.blocks.aborted) == (1, 0, 0)
+    into = targets(1, SIZE)  # the writer reads what it wrote without asking
+    assert cache.get(KEYS[-1:], into).length == 1 and into == contents(KEYS[-1:], SIZE)
+    assert daemon.stats().requests.used == 1
+
+
+def test_hints_and_parents_are_told(daemon: Daemon, cache: Cache, copies: Copies) -> None:
+    put(cache, KEYS[0])
+    done = cache.put(
+        [KEYS[1]], [content(KEYS[1], SIZE)], parent=KEYS[0], hints={"reuse": "continue"}
+    )
+    assert done.stored == copies.count == 1
+    with pytest.raises(InvalidRequest, match="unknown hint"):
+        cache.put([KEYS[2]], [bytes(SIZE)], hints={"use": "never"})
+    assert put(cache, KEYS[2]) == (1, 0, 0) and copies.count == 2, "the slot was lost"
+    assert lent(daemon) == 1
+
+
+def test_what_is_there_is_not_copied_again_and_again(
+    daemon: Daemon, cache: Cache, copies: Copies
+) -> None:
+    put(cache, KEYS[0])
+    put(cache, KEYS[1])
+    before = copies.count
+    assert [put(cache, KEYS[0]) for _ in range(4)] == [(0, 1, 0)] * 4
+    assert copies.count == before + 1
+    assert [put(cache, key) for key in KEYS[2:5]] == [(1, 0, 0)] * 3
+    assert copies.count == before + 3
+    assert_there(cache, KEYS[:5])
+    assert lent(daemon) == 1
+
+
+def test_somebody_else_stores_it_meanwhile(daemon: Daemon, cache: Cache, copies: Copies) -> None:
+    """Its bytes stay as they are, and the slot is for the next one."""
+    other = daemon.client().open(LAYOUT)
+    put(cache, KEYS[0])
+    writing = other.reserve(KEYS[1:2])
+    assert put(cache, KEYS[1]) == (0, 1, 0) and copies.count == 1
+    writing.view(0)[:] = content(KEYS[1], SIZE)
+    assert writing.commit() == 1
+    assert put(cache, KEYS[2]) == put(cache, KEYS[3]) == (1, 0, 0)
+    assert_there(cache, KEYS[:4])
+
+
+def test_it_is_forgotten_meanwhile(daemon: Daemon, cache: Cache, copies: Copies) -> None:
+    other = daemon.client().open(LAYOUT)
+    put(cache, KEYS[0])
+    copies.before = lambda: other.client.clear()
+    assert put(cache, KEYS[1])[1:] == (0, 0)
+    copies.before = lambda: None
+    assert put(cache, KEYS[2]) == (1, 0, 0)
+    assert_there(cache, KEYS[2:3])
+
+
+def test_two_layouts(daemon: Daemon, cache: Cache) -> None:
+    """What was lent for one is given back for the other."""
+    second = cache.client.open(layout("other", shard_bytes=2 * SIZE))
+    for at, key in enumerate(KEYS):
+        if at % 3:
+            assert second.put([key], [content(key, 2 * SIZE)]).stored == 1
+        else:
+            assert put(cache, key) == (1, 0, 0)
+    assert_there(cache, KEYS[::3])
+    assert lent(daemon) == 1
+
+
+def test_small_blocks_and_the_front_door_borrow_nothing(daemon: Daemon, copies: Copies) -> None:
+    small = daemon.client().open(layout("small", shard_bytes=SIZE // 2))
+    front = daemon.client("front").open(LAYOUT)
+    for key in KEYS[:3]:
+        assert small.put([key], [content(key, SIZE // 2)]).stored == 1
+        assert put(front, key) == (1, 0, 0)
+    assert copies.count == 0 == lent(daemon)
+
+
+def test_many_threads(daemon: Daemon, cache: Cache, copies: Copies) -> None:
+    """One of them has the slot at a time."""
+    mine = [hashes(12, f"thread {at}") for at in range(4)]
+    failed: list[object] = []
+
+    def run(keys: list[bytes]) -> None:
+        failed.extend(key for key in keys if put(cache, key) != (1, 0, 0))
+
+    threads = [threading.Thread(target=run, args=(keys,)) for keys in mine]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and copies.count
+    for keys in mine:
+        assert_there(cache, keys)
+    assert lent(daemon) <= 1
+
+
+def test_who_closes_gives_it_back(daemon: Daemon) -> None:
+    for at, key in enumerate(KEYS, 1):
+        with daemon.client() as client:
+            put(client.open(LAYOUT), key)
+        wait_for(lambda: not daemon.stats().blocks.lent, "the slot to be free")
+        stats = daemon.stats()
+        assert stats.tiers.dram.used_bytes == at * SIZE
+        assert stats.blocks.quarantined == stats.blocks.aborted == 0
+
+
+def test_who_dies_loses_it(daemon: Daemon) -> None:
+    def engine() -> None:
+        put(Client(daemon.socket(), 5.0).open(LAYOUT), KEYS[0])
+        signal.pause()
+
+    child = Child(engine)
+    try:
+        wait_for(lambda: daemon.stats().blocks.stored, "a block to be stored")
+        assert lent(daemon) == 1
+    finally:
+        child.kill()
+    wait_for(lambda: daemon.stats().tiers.dram.used_bytes == SIZE, "the slot to be free")
+    assert lent(daemon) == 0
+
+
+@pytest.mark.parametrize("how", ["stop", "kill"])
+def test_a_restart(daemon: Daemon, cache: Cache, copies: Copies, how: str) -> None:
+    """The slot was the old daemon's. The new one keeps it aside until it hears that it is not
+    written any more."""
+    put(cache, KEYS[0])
+    daemon.stop() if how == "stop" else daemon.kill()
+    daemon.start()
+    assert put(cache, KEYS[1]) == (1, 0, 0) and copies.count == 0
+    assert put(cache, KEYS[2]) == (1, 0, 0) and copies.count == 1
+    assert_there(cache, KEYS[:3])
+    wait_for(lambda: daemon.stats().tiers.dram.used_bytes == 4 * SIZE, "old slots to be free")
+    assert daemon.stats().blocks.quarantined == 0
+
+
+def test_the_daemon_dies_while_it_is_copied(daemon: Daemon, cache: Cache, copies: Copies) -> None:
+    """Stored through the next one, or an error. A slot is not free while it is written."""
+    put(cache, KEYS[0])
+
+    def die() -> None:
+        copies.before = lambda: None
+        daemon.kill()
+        daemon.start()
+
+    copies.before = die
+    try:
+        assert put(cache, KEYS[1]) == (1, 0, 0)
+    except Unavailable:  # the slot had been promised by then
+        assert put(cache, KEYS[1]) == (1, 0, 0)
+    assert put(cache, KEYS[2]) == (1, 0, 0)
+    assert_there(cache, KEYS[:3])
+    wait_for(lambda: daemon.stats().tiers.dram.used_bytes == 4 * SIZE, "old slots to be free")
+
+
+def test_the_daemon_dies_before_the_commit(
+    daemon: Daemon, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(cache, KEYS[0])
+    wire = cache.client.session(cache.client.deadline()).wire
+    assert wire is not None
+    call = wire.call
+
+    def dies(verb: int, *rest: object) -> object:
+        if verb == pb.COMMIT:
+            daemon.kill()
+        return call(verb, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(wire, "call", dies)
+    with pytest.raises(Unavailable, match="had not committed"):
+        put(cache, KEYS[1])
+    daemon.start()
+    assert put(cache, KEYS[1]) == (1, 0, 0)
+    assert_there(cache, KEYS[:2])
+
+
+def test_a_daemon_that_is_late(daemon: Daemon, copies: Copies) -> None:
+    """What it grants after the deadline is given back, and so is what it had lent."""
+    cache = daemon.client(timeout_s=0.4).open(LAYOUT)
+    put(cache, KEYS[0])
+    with daemon.suspended(), pytest.raises(DeadlineExceeded):
+        put(cache, KEYS[1])
+    wait_for(lambda: not daemon.stats().blocks.lent, "the slot to be free")
+    wait_for(lambda: daemon.stats().tiers.dram.used_bytes == SIZE, "the grant to be undone")
+    assert daemon.stats().leases == 0
+    assert put(cache, KEYS[1]) == put(cache, KEYS[2]) == (1, 0, 0)
+    assert copies.count == 2
+    assert_there(cache, KEYS[:3])
+
+
+def test_a_daemon_that_is_late_and_has_it_already(daemon: Daemon, copies: Copies) -> None:
+    """Then it grants nothing, and the slot is lent still."""
+    cache = daemon.client(timeout_s=0.4).open(LAYOUT)
+    put(cache, KEYS[0])
+    with daemon.suspended(), pytest.raises(DeadlineExceeded):
+        put(cache, KEYS[0])
+    assert copies.count == 1
+    wait_for(lambda: not daemon.stats().blocks.lent, "the slot to be free")
+    assert put(cache, KEYS[1]) == (1, 0, 0)
+
+
+def test_a_commit_that_is_late(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lends a slot to nobody."""
+    cache = daemon.client(timeout_s=0.4).open(LAYOUT)
+    put(cache, KEYS[0])
+    wire = cache.client.session(cache.client.deadline()).wire
+    assert wire is not None
+    call = wire.call
+
+    def late(verb: int, *rest: object) -> object:
+        if verb != pb.COMMIT:
+            return call(verb, *rest)  # type: ignore[arg-type]
+        monkeypatch.undo()
+        with daemon.suspended():
+            return call(verb, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(wire, "call", late)
+    with pytest.raises(DeadlineExceeded):
+        put(cache, KEYS[1])
+    wait_for(lambda: not daemon.stats().blocks.lent, "the slot to be free")
+    assert_there(cache, KEYS[:2])
+
+
+def test_an_interrupt_while_it_is_copied(daemon: Daemon, cache: Cache, copies: Copies) -> None:
+    put(cache, KEYS[0])
+
+    def interrupt() -> None:
+        copies.before = lambda: None
+        raise KeyboardInterrupt
+
+    copies.before = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        put(cache, KEYS[1])
+    wait_for(lambda: daemon.stats().tiers.dram.used_bytes == SIZE, "the grant to be undone")
+    assert not cache.client.session(cache.client.deadline()).writing
+    assert put(cache, KEYS[1]) == (1, 0, 0)
+    assert_there(cache, KEYS[:2])
+
+
+def test_a_slot_that_is_not_lent_any_more(daemon: Daemon, cache: Cache, copies: Copies) -> None:
+    """The block goes where the daemon says."""
+    put(cache, KEYS[0])
+    session = cache.client.session(cache.client.deadline())
+    spare = session.take_spare(LAYOUT)
+    assert spare is not None and session.wire is not None
+    session.wire.give_back(spare.lease)
+    wait_for(lambda: not daemon.stats().blocks.lent, "the slot to be free")
+    taken = daemon.client().open(LAYOUT).reserve(KEYS[4:5])
+    session.keep_spare(*spare)
+    assert taken.extents[0].offset == spare.offset
+    # The copy would go to a slot that is another client's now: only a client at fault does that.
+    session.take_spare(LAYOUT)
+    session.keep_spare(LAYOUT, spare.lease, spare.offset + 99 * SIZE)
+    assert put(cache, KEYS[1]) == (1, 0, 0) and copies.count == 2
+    taken.abort()
+    assert_there(cache, KEYS[:2])
+
+
+def test_memory_full_of_leases(daemon: Daemon, cache: Cache) -> None:
+    put(cache, KEYS[0])
+    rest = hashes(600, "rest")
+    held = daemon.client().open(LAYOUT).reserve(rest, deadline_s=0)
+    assert held.refused
+    assert put(cache, KEYS[1]) == (1, 0, 0), "it has its slot"
+    held.abort()
+    assert put(cache, KEYS[2]) == put(cache, KEYS[3]) == (1, 0, 0)
+    assert_there(cache, KEYS[3:4])  # others may have had to leave
+
+
+def test_a_child_after_a_fork_gives_nothing_back(daemon: Daemon, cache: Cache) -> None:
+    put(cache, KEYS[0])
+    child = os.fork()
+    if not child:
+        cache.client.close()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert lent(daemon) == 1
+    assert put(cache, KEYS[1]) == (1, 0, 0)
+    assert_there(cache, KEYS[:2])
