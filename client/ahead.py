@@ -1,8 +1,8 @@
 """Storing a single block: it is copied while the daemon is asked where to.
 
 The commit of such a block lends the slot for the next one. What is stored next is copied there at
-once; the answer to the reserve, which comes meanwhile, says that the slot is the block's now. If it
-says anything else, the copy counts for nothing.
+once, and committed under the lease of that slot. Only then the answer to the reserve is looked at:
+if it does not say that the slot was the block's, nothing was committed.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from kvstore import paths
 from kvstore.client import checks
 from kvstore.client.copying import copy
-from kvstore.client.reservation import NEW, PRESENT
+from kvstore.client.reservation import PRESENT
 from kvstore.client.results import PutResult
-from kvstore.errors import SessionLost, Unavailable
+from kvstore.errors import SessionLost
 from kvstore.protos import kvstore_pb2 as pb
 from kvstore.types import Layout
 
 if TYPE_CHECKING:
     from kvstore.client.cache import Cache
-    from kvstore.client.client import Client, Session
+    from kvstore.client.client import Session
     from kvstore.client.wire import Wire
 
 LEAST_BYTES = 256 << 10  # of a block; smaller ones are copied sooner than the daemon is asked
@@ -34,13 +34,6 @@ class Spare(NamedTuple):
     layout: Layout
     lease: int
     offset: int
-
-
-def lost(client: Client) -> Unavailable:
-    """The error for who loses the connection between reserve and commit."""
-    return Unavailable(
-        f"the connection to {client.path} has ended: what this call had not committed is not stored"
-    )
 
 
 class Ahead:
@@ -107,40 +100,34 @@ class Ahead:
         source: int,
         deadline: float,
     ) -> PutResult | None:
-        held, base, size = spare.lease, session.arena.address, self._layout.block_bytes
-        offset, epochs = spare.offset, session.epochs
+        epochs, place = session.epochs, (spare.offset,)
+        target, size = session.arena.address + spare.offset, self._layout.block_bytes
+        commit = pb.CommitRequest(lease=spare.lease)
+        then: Sequence[int] = ()
+        end: Any = None
+
+        def fill() -> None:
+            """If the slot is the block's by now, it is so under the same lease."""
+            nonlocal then, end
+            copy(target, source, size)
+            then = epochs.after(place) if epochs is not None else ()
+            end = wire.call(pb.COMMIT, commit, pb.CommitReply, deadline)
+
         try:
-            reply = wire.call(
-                pb.RESERVE,
-                request,
-                pb.ReserveReply,
-                deadline,
-                lambda: copy(base + offset, source, size),
-            )
-            status = reply.status[0]
-            if status != NEW:
-                held, self.pays = 0, False
-                session.keep_spare(*spare)
-                return PutResult(0, 1, 0) if status == PRESENT else None
-            held, given = reply.lease, int.from_bytes(reply.offsets, "little")
-            if given != offset:  # that slot was not lent any more
-                copy(base + given, source, size)
-            then = epochs.after((given,)) if epochs is not None else ()
-            held = 0
-            commit = pb.CommitRequest(lease=reply.lease)
-            end = wire.call(pb.COMMIT, commit, pb.CommitReply, self._client.deadline())
+            reply = wire.call(pb.RESERVE, request, pb.ReserveReply, deadline, fill)
         except SessionLost:
-            if held == spare.lease:
-                return None
-            raise lost(self._client) from None
+            return None
         except BaseException:  # nobody could store this block while the lease lives
-            if held:
-                wire.give_back(held)
+            wire.give_back(spare.lease)
             raise
         if end.lent:
             session.keep_spare(self._layout, end.lent, end.lent_offset)
-        if not end.held:
-            raise lost(self._client)
-        if end.stored and epochs is not None:
-            self._recall.learn(epochs, hashes, (given,), then)
-        return PutResult(1, 0, 0)
+        if reply.lease == spare.lease and end.held:
+            if end.stored and epochs is not None:
+                self._recall.learn(epochs, hashes, place, then)
+            return PutResult(1, 0, 0)
+        if reply.lease:  # that slot was not lent any more
+            wire.give_back(reply.lease)
+            return None
+        self.pays = False
+        return PutResult(0, 1, 0) if reply.status[0] == PRESENT else None

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvstore.client import checks
-from kvstore.client.ahead import Ahead, lost
+from kvstore.client.ahead import Ahead
 from kvstore.client.arena import addresses_of, on_device
 from kvstore.client.copy_out import CopyOut
 from kvstore.client.copying import copy_all
@@ -17,7 +17,7 @@ from kvstore.client.places import Places
 from kvstore.client.recall import FEW, FEW_BYTES, Recall
 from kvstore.client.reservation import NEW, PRESENT, REFUSED, Reservation
 from kvstore.client.results import GetResult, Match, PutResult
-from kvstore.errors import InvalidBlock, InvalidRequest, SessionLost
+from kvstore.errors import InvalidBlock, InvalidRequest, SessionLost, Unavailable
 from kvstore.protos import kvstore_pb2 as pb
 from kvstore.types import DRAM, NO_GPU, Layout, check_keys
 
@@ -216,8 +216,7 @@ class Cache:
         """Bring blocks of the resident prefix up into memory, without waiting; how many must be."""
         hashes = checks.keys(hashes)
         _, reply = self._ask(pb.PREFETCH, pb.PrefetchRequest, pb.PrefetchReply, hashes)
-        ordered: int = reply.ordered
-        return ordered
+        return int(reply.ordered)
 
     def retain(self, hashes: Sequence[bytes], priority: int, ttl_s: float | None = None) -> int:
         """Keep resident blocks from eviction while others can leave; returns how many are kept.
@@ -238,15 +237,13 @@ class Cache:
             priority=priority,
             ttl_s=stays_s,
         )
-        retained: int = reply.retained
-        return retained
+        return int(reply.retained)
 
     def forget(self, hashes: Sequence[bytes]) -> int:
         """Drop blocks from every tier; returns how many were there."""
         hashes = checks.keys(hashes)
         _, reply = self._ask(pb.FORGET, pb.ForgetRequest, pb.ForgetReply, hashes)
-        forgotten: int = reply.forgotten
-        return forgotten
+        return int(reply.forgotten)
 
     # -- inside --------------------------------------------------------------------------------
 
@@ -401,7 +398,10 @@ class Cache:
             if reservation.commit() == len(new):
                 self._seen(session, [hashes[at] for at in new], places, then)
         except SessionLost:
-            raise lost(self.client) from None
+            raise Unavailable(
+                f"the connection to {self.client.path} has ended: what this call had not committed "
+                "is not stored"
+            ) from None
         except BaseException:  # nobody could store these blocks while the lease lives
             if isinstance(sources, list):  # else the copier ends the reservation, at its time
                 reservation.abort()

@@ -58,9 +58,8 @@ class Lending:
     def seat(self, lease: WriteLease, block: int) -> None:
         """A new block has the lent slot from now on; the lease is over."""
         catalog, (row,) = self._placement.catalog, lease.blocks
-        page, room = catalog.dram[row], self._placement.room
-        room.dram.reseat(page, block)
-        room.orders.marks.add(page)
+        page = catalog.dram[row]  # the slot table says already that it is being written
+        self._placement.room.dram.reseat(page, block)
         catalog.dram[block], catalog.dram[row] = page, NOWHERE
         del lease.session.leases[lease.number], catalog.writers[row]
         self.rows.remove(row)

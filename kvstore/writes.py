@@ -86,16 +86,13 @@ class Writes:
         With `shard`, a block that others are writing shard by shard is joined. With `force`, blocks
         whose copy on NVMe is still due may be lost to make room. `context` are keys that the list
         continues; they are not asked for. The first new block goes to the slot of the lease `lent`,
-        if that can be; with `lend` the commit is to lend another.
+        if that can be, and the new lease has that number; with `lend` its commit lends another.
         """
         status = bytearray(len(keys))
         claimed, fresh, present = self._sort_keys(entry, keys, shard, status)
         spare = self.lending.usable(session, entry, lent) if fresh and shard is None else None
         if claimed or fresh:
-            count = len(claimed) + len(fresh)
-            allowed = self._allowed(session, entry, spare, count, now)
-            if allowed < count:
-                claimed, fresh = _refuse_tail(claimed, fresh, allowed, status)
+            claimed, fresh = self._allow(session, entry, claimed, fresh, status, now, spare)
         if shard is not None:  # before making room: what is claimed is not given up
             self._claim([entry.index[keys[at]] for at in claimed], shard)
         elif self._idle_parts:
@@ -123,39 +120,38 @@ class Writes:
         if shard is not None:
             self._claim(granted, shard)
             granted = [entry.index[keys[at]] for at in sorted(claimed + fresh[:got])]
-        lease = self._lease(session, entry, granted, shard, chain, lend) if granted else None
+        number = lent if seated else self.sessions.next_number()
+        lease = WriteLease(number, session, entry, granted, shard) if granted else None
+        if lease is not None:
+            self._begins(lease, chain, lend)
         pages = [self.catalog.dram[block] for block in granted]
         return Reserved(bytes(status), pages, chain, lease, waiting)
 
-    def _lease(
-        self,
-        session: Session,
-        entry: LayoutEntry,
-        granted: list[int],
-        shard: int | None,
-        chain: list[int],
-        lend: bool,
-    ) -> WriteLease:
-        lease = WriteLease(self.sessions.next_number(), session, entry, granted, shard)
+    def _begins(self, lease: WriteLease, chain: list[int], lend: bool) -> None:
         lease.after = [self.catalog.keys[block] for block in chain]
-        session.leases[lease.number] = lease
+        lease.session.leases[lease.number] = lease
         if lend:
             self.lending.later(lease)
-        return lease
 
-    def _allowed(
+    def _allow(
         self,
         session: Session,
         entry: LayoutEntry,
-        spare: WriteLease | None,
-        count: int,
+        claimed: list[int],
+        fresh: list[int],
+        status: bytearray,
         now: float,
-    ) -> int:
-        """How many blocks the session may write now. One was counted when its slot was lent."""
+        spare: WriteLease | None,
+    ) -> tuple[list[int], list[int]]:
+        """Of these places, those whose blocks the session may write now; others are refused."""
         self.holdings.check_leases(session)
-        if spare is not None:
+        if spare is not None:  # counted when it was lent
             self.holdings.give_back(session, entry, 1)
-        return self.holdings.allow(session, entry, count, now)
+        count = len(claimed) + len(fresh)
+        allowed = self.holdings.allow(session, entry, count, now)
+        return (
+            (claimed, fresh) if allowed == count else _refuse_tail(claimed, fresh, allowed, status)
+        )
 
     def _seat(self, spare: WriteLease | None, blocks: list[int], now: float) -> int:
         """Give the first block the slot that was lent; how many got one."""

@@ -272,11 +272,17 @@ class Books:
         assert store.room.dram.used_bytes == self._size(owners)
         expected = {}
         for page, block in owners.items():
-            state = "committed" if catalog.flags[block] & READY else "writing"
-            key = catalog.keys[block]
-            assert key is not None
-            expected[page] = (state, (catalog.layout[block], key))
+            expected[page] = self._record(block)
         assert self.table == expected, "the slot table is out of date"
+
+    def _record(self, block: int) -> tuple[str, Name]:
+        """Of a slot that is being written it is not said for what."""
+        catalog = self.store.catalog
+        key = catalog.keys[block]
+        assert key is not None
+        if catalog.flags[block] & READY:
+            return "committed", (catalog.layout[block], key)
+        return "writing", (catalog.layout[block], b"")
 
     def _check_nvme(self) -> None:
         store, catalog = self.store, self.store.catalog
@@ -368,8 +374,9 @@ class Books:
         if lent is not None and lent.lease.entry is entry and reserved.pages:
             assert reserved.pages[0] == lent.pages[0], "it was lent for nothing"
             self.marks["lent slot taken"] += 1
-        if lent is not None and lent.lease.number not in lent.session.leases:
+        if lent is not None and lent.session.leases.get(lent.lease.number) is not lent.lease:
             assert reserved.pages and reserved.pages[0] == lent.pages[0]
+            assert reserved.lease is not None and reserved.lease.number == lent.lease.number
             self.writers.remove(lent)
 
     # -- orders --------------------------------------------------------------------------------
@@ -383,10 +390,7 @@ class Books:
             if block == NOBODY:
                 self.table.pop(page, None)
                 continue
-            key = catalog.keys[block]
-            assert key is not None
-            state = "committed" if catalog.flags[block] & READY else "writing"
-            self.table[page] = (state, (catalog.layout[block], key))
+            self.table[page] = self._record(block)
         for page, put in orders.index.items():
             if put is None:
                 self.index.pop(page, None)

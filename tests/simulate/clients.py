@@ -221,26 +221,16 @@ class Client(Program):
             skip=skip,
         )
         alone = shard is None and len(names) - skip == 1 and self.chance.random() < 0.9
-        spare = self._spare(connection, layout) if alone else None
-        request.lend, ahead = alone, None
-        if spare is not None:
-            request.lent = spare
-            ahead = self._ahead(connection, connection.lent[spare], names[-1])
-        connection.filling += 1
-        reply = yield from self._call(connection, pb.RESERVE, request, names, wait_s, ahead)
-        if spare is not None and reply is None:
-            self._give_back(connection, spare)
-        elif spare is not None and spare in connection.lent:
-            connection.spares.append(spare)
+        request.lend = alone
+        if alone and (spare := self._spare(connection, layout)) is not None:
+            yield from self._put_ahead(connection, request, names, wait_s, spare)
+            return
+        reply = yield from self._call(connection, pb.RESERVE, request, names, wait_s)
         if reply is None or not reply.lease or reply.lease not in connection.writes:
-            connection.filling -= 1
-            if connection.ended:
-                self._settle()
             return
         writing = connection.writes[reply.lease]
-        complete = True
-        if spare is None or spare in connection.lent:
-            complete = yield from self._fill(writing, connection)
+        connection.filling += 1
+        complete = yield from self._fill(writing, connection)
         if self.dying:
             yield Waiter()
         self.world.holders.end(writing)
@@ -268,13 +258,41 @@ class Client(Program):
                 return lease
         return None
 
-    def _ahead(self, connection: Connection, lent: Writing, name: Name) -> Script:
-        """Copy a block to a lent slot."""
-        layout = lent.layout
-        for shard in range(layout.shards):
+    def _put_ahead(
+        self,
+        connection: Connection,
+        request: Any,
+        names: list[Name],
+        wait_s: float,
+        spare: int,
+    ) -> Script:
+        """One block, copied and committed before it is looked whether it has the lent slot."""
+        request.lent = spare
+        done: list[Any] = []
+        ahead = self._ahead(connection, spare, names[-1], done)
+        connection.filling += 1
+        reply = yield from self._call(connection, pb.RESERVE, request, names, wait_s, ahead)
+        connection.filling -= 1
+        if connection.ended:
+            self._settle()
+        if reply is None or not done or done[0] is None:
+            self._give_back(connection, spare)
+            return
+        if done[0].lent:
+            connection.spares.append(done[0].lent)
+        if reply.lease == spare:
+            assert done[0].held, "a lease ended before its session"
+        elif reply.lease:
+            self._undo_reserve(connection, reply)
+
+    def _ahead(self, connection: Connection, spare: int, name: Name, done: list[Any]) -> Script:
+        lent = connection.lent[spare]
+        for shard in range(lent.layout.shards):
             yield self.world.copy_s()
-            data = content(name, shard, lent.version, layout.shard_bytes)
-            self.copy(lent, [(lent.offsets[0] + shard * layout.shard_bytes, data)])
+            data = content(name, shard, lent.version, lent.layout.shard_bytes)
+            self.copy(lent, [(lent.offsets[0] + shard * lent.layout.shard_bytes, data)])
+        commit = pb.CommitRequest(lease=spare)
+        done.append((yield from self._call(connection, pb.COMMIT, commit)))
 
     def _fill(self, writing: Writing, connection: Connection) -> Generator[Any, Any, bool]:
         """Copy into the slots, in pieces and in any order; whether all of them were copied."""

@@ -42,6 +42,7 @@ MARKS = {
     "kill_client",
     "joined",
     "kill_daemon",
+    "lent slot not taken",
     "lent slot taken",
     "move ended after its daemon",
     "move hangs",

@@ -193,12 +193,18 @@ class Connection:
         """The books, before the daemon acts on it."""
         ledger, moment = self.world.ledger, self.world.moment()
         if verb == pb.COMMIT and (writing := self.writes.pop(request.lease, None)):
+            self.world.holders.end(writing)
             for name in writing.names:
                 version = Version(writing.version, writing.shard, writing.born)
                 ledger.committed(name, version)
+        elif verb == pb.COMMIT and (lent := self.lent.pop(request.lease, None)):
+            self.world.marks["lent slot not taken"] += 1
+            self.world.holders.end(lent)
         elif verb == pb.ABORT:
-            self.writes.pop(request.lease, None)
-            self.lent.pop(request.lease, None)
+            # A lent slot may be given back before it is known whether it was taken.
+            for there in (self.writes, self.lent):
+                if (writing := there.pop(request.lease, None)) is not None:
+                    self.world.holders.end(writing)
         elif verb == pb.FORGET:
             ledger.forgotten(names, moment)
 
