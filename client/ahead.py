@@ -29,9 +29,10 @@ LEAST_BYTES = 256 << 10  # of a block; smaller ones are copied sooner than the d
 
 
 class Spare(NamedTuple):
-    """A slot that was lent: for blocks of which layout, its lease, and where it is."""
+    """A slot that was lent: for blocks of which layout (and its number), its lease, where it is."""
 
     layout: Layout
+    number: int
     lease: int
     offset: int
 
@@ -80,7 +81,7 @@ class Ahead:
             return None
         request.lent = spare.lease
         keys = request.keys
-        keys.layout, keys.hash_bytes = session.layouts[self._layout], len(hashes[0])
+        keys.layout, keys.hash_bytes = spare.number, len(hashes[0])
         keys.hashes = hashes[0]
         session.begin_write()
         try:
@@ -121,7 +122,7 @@ class Ahead:
             wire.give_back(spare.lease)
             raise
         if end.lent:
-            session.keep_spare(self._layout, end.lent, end.lent_offset)
+            session.keep_spare(self._layout, spare.number, end.lent, end.lent_offset)
         if reply.lease == spare.lease and end.held:
             if end.stored and epochs is not None:
                 self._recall.learn(epochs, hashes, place, then)

@@ -140,17 +140,17 @@ class Session:
         with self._lock:
             self._writes -= 1
 
-    def keep_spare(self, layout: Layout, lease: int, offset: int) -> None:
+    def keep_spare(self, layout: Layout, number: int, lease: int, offset: int) -> None:
         """A slot has been lent. One is kept."""
         with self._lock:
-            surplus, self._spare = self._spare, Spare(layout, lease, offset)
+            surplus, self._spare = self._spare, Spare(layout, number, lease, offset)
         self._give_back(surplus)
 
     def take_spare(self, layout: Layout) -> Spare | None:
         """The slot that was lent, for whoever calls; None if there is none for this layout."""
         with self._lock:
             spare, self._spare = self._spare, None
-        if spare is None or spare.layout == layout:
+        if spare is None or spare.layout is layout or spare.layout == layout:
             return spare
         self._give_back(spare)
         return None

@@ -89,7 +89,8 @@ class Reservation:
         if not reply.held:
             raise SessionLost("the reservation is void, nothing was stored: reserve again")
         if reply.lent:
-            self._session.keep_spare(self._places.layout, reply.lent, reply.lent_offset)
+            session, layout = self._session, self._places.layout
+            session.keep_spare(layout, session.layouts[layout], reply.lent, reply.lent_offset)
         stored: int = reply.stored
         return stored
 

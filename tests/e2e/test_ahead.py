@@ -335,7 +335,7 @@ def test_a_slot_that_is_not_lent_any_more(daemon: Daemon, cache: Cache, copies: 
     assert taken.extents[0].offset == spare.offset
     # The copy would go to a slot that is another client's now: only a client at fault does that.
     session.take_spare(LAYOUT)
-    session.keep_spare(LAYOUT, spare.lease, spare.offset + 99 * SIZE)
+    session.keep_spare(LAYOUT, spare.number, spare.lease, spare.offset + 99 * SIZE)
     assert put(cache, KEYS[1]) == (1, 0, 0) and copies.count == 1
     stats = daemon.stats()
     assert stats.tiers.dram.used_bytes == 4 * SIZE, "two blocks, one that is written, one lent"
