@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,7 @@ from tests.e2e.harness import (
     targets,
     wait_for,
 )
+from tests.e2e.raw import Stranger, open_layout, packed, stranger
 from tests.soak.children import Child
 
 SIZE = ahead.LEAST_BYTES
@@ -353,6 +355,44 @@ def test_memory_full_of_leases(daemon: Daemon, cache: Cache) -> None:
     held.abort()
     assert put(cache, KEYS[2]) == put(cache, KEYS[3]) == (1, 0, 0)
     assert_there(cache, KEYS[3:4])  # others may have had to leave
+
+
+@pytest.mark.parametrize("door", ["hatch", "front"])
+def test_a_client_of_any_kind_can_borrow(daemon: Daemon, door: str) -> None:
+    """As the protocol says, through either door; nobody uses another's slot, or one twice."""
+    other = stranger(daemon, door)
+    other.attach(pid=os.getpid())
+    number = open_layout(other, LAYOUT)
+    thief = stranger(daemon, door)
+    thief.attach(pid=os.getpid())
+    assert open_layout(thief, LAYOUT) == number
+
+    def reserve(who: Stranger, at: int, lent: int = 0) -> Any:
+        keys = packed(number, KEYS[at : at + 1])
+        return who.call(pb.RESERVE, pb.ReserveRequest(keys=keys, lend=True, lent=lent))
+
+    def commit(lease: int) -> Any:
+        return other.call(pb.COMMIT, pb.CommitRequest(lease=lease))
+
+    first = reserve(other, 0)
+    done = commit(first.lease)
+    assert done.held and done.lent and done.lent_offset % SIZE == 0
+    stolen = reserve(thief, 1, done.lent)
+    assert stolen.lease and int.from_bytes(stolen.offsets, "little") != done.lent_offset
+    second = reserve(other, 2, done.lent)
+    assert second.lease == done.lent
+    assert int.from_bytes(second.offsets, "little") == done.lent_offset
+    again = reserve(other, 3, done.lent)  # it is a block's by now
+    assert again.lease not in (0, done.lent)
+    done = commit(second.lease)
+    assert done.stored == 1 and done.lent not in (0, second.lease)
+    assert reserve(other, 2, done.lent).lease == 0
+    given_back = commit(done.lent)
+    assert given_back.held and (given_back.stored, given_back.lent) == (0, 0)
+    assert not commit(done.lent).held
+    for one in (other, thief):
+        one.close()
+    wait_for(lambda: daemon.stats().sessions == 1, "the sessions to end")
 
 
 def test_a_child_after_a_fork_gives_nothing_back(daemon: Daemon, cache: Cache) -> None:
