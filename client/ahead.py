@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvstore import paths
 from kvstore.client import checks
-from kvstore.client.copying import copy
+from kvstore.client.copying import SHARED_BYTES, copy, copy_all
 from kvstore.client.reservation import PRESENT
 from kvstore.client.results import PutResult
 from kvstore.errors import SessionLost
@@ -48,7 +48,7 @@ class Ahead:
         self._recall = cache.recall
 
     def suits(self, sources: Any) -> bool:
-        """Whether this is one block, in host memory, and worth it."""
+        """Whether a slot for the next one is worth borrowing: it is one block, in host memory."""
         return (
             self._hatch
             and type(sources) is list
@@ -67,27 +67,32 @@ class Ahead:
     ) -> PutResult | None:
         """See `Cache.put`; `answer_s` is how long the daemon may take to answer. None when it must
         be done in the usual way: nothing has happened then."""
-        if not self.pays:
-            return None
-        client, deadline = self._client, time.monotonic() + answer_s
+        client, layout = self._client, self._layout
         request = pb.ReserveRequest(
             parent=checks.parent(parent), deadline_s=wait_s, again=True, lend=True
         )
         if hints:
             request.hints.CopyFrom(checks.hints_of(hints))
-        session = client.session(deadline)
-        wire, spare = session.wire, session.take_spare(self._layout)
-        if wire is None or spare is None:
+        session = client.session(time.monotonic() + answer_s)
+        wire, spare = session.wire, None
+        if wire is None:
             return None
-        request.lent = spare.lease
-        keys = request.keys
-        keys.layout, keys.hash_bytes = spare.number, len(hashes[0])
-        keys.hashes = hashes[0]
         session.begin_write()
         try:
             if wire.dead is None:  # else it was perhaps not seen that we write
-                return self._put(session, wire, spare, request, hashes, sources[0], deadline)
+                spare = session.take_spare(layout)
+            if spare is None:
+                return None
+            keys, request.lent = request.keys, spare.lease
+            keys.layout, keys.hash_bytes = spare.number, len(hashes[0])
+            keys.hashes = hashes[0]
+            return self._put(session, wire, spare, request, hashes, sources[0], answer_s)
+        except SessionLost:
             return None
+        except BaseException:  # nobody could store this block while the lease lives
+            if spare is not None:
+                wire.give_back(spare.lease)
+            raise
         finally:
             client.end_write(session)
 
@@ -99,7 +104,7 @@ class Ahead:
         request: Any,
         hashes: Sequence[bytes],
         source: int,
-        deadline: float,
+        answer_s: float,
     ) -> PutResult | None:
         epochs, place = session.epochs, (spare.offset,)
         target, size = session.arena.address + spare.offset, self._layout.block_bytes
@@ -110,19 +115,17 @@ class Ahead:
         def fill() -> None:
             """If the slot is the block's by now, it is so under the same lease."""
             nonlocal then, end
-            copy(target, source, size)
+            if size < SHARED_BYTES:
+                copy(target, source, size)
+            else:
+                copy_all([(target, source, size)])
             then = epochs.after(place) if epochs is not None else ()
-            end = wire.call(pb.COMMIT, commit, pb.CommitReply, deadline)
+            end = wire.call(pb.COMMIT, commit, pb.CommitReply, time.monotonic() + answer_s)
+            if end.lent:
+                session.keep_spare(self._layout, spare.number, end.lent, end.lent_offset)
 
-        try:
-            reply = wire.call(pb.RESERVE, request, pb.ReserveReply, deadline, fill)
-        except SessionLost:
-            return None
-        except BaseException:  # nobody could store this block while the lease lives
-            wire.give_back(spare.lease)
-            raise
-        if end.lent:
-            session.keep_spare(self._layout, spare.number, end.lent, end.lent_offset)
+        deadline = time.monotonic() + answer_s
+        reply = wire.call(pb.RESERVE, request, pb.ReserveReply, deadline, fill)
         if reply.lease == spare.lease and end.held:
             if end.stored and epochs is not None:
                 self._recall.learn(epochs, hashes, place, then)
@@ -131,4 +134,5 @@ class Ahead:
             wire.give_back(reply.lease)
             return None
         self.pays = False
-        return PutResult(0, 1, 0) if reply.status[0] == PRESENT else None
+        present = int(reply.status[0] == PRESENT)
+        return PutResult(0, present, 1 - present)

@@ -84,14 +84,18 @@ class Cache:
         end = time.monotonic() + wait_s
         copied_by = end + self.client.timeout_s  # by a device
         outcome = bytearray([REFUSED]) * len(hashes)
-        done, alone = 0, shard is None and self._ahead.suits(sources)
+        alone = shard is None and self._ahead.suits(sources)
+        done, ahead = 0, alone and self._ahead.pays
         while done < len(hashes):
             # What is refused is the end of the list: it continues what has been stored by then.
             wait_s = min(DEADLINE_S, max(0.0, end - time.monotonic() - GRACE_S))
             answer_s = self.client.timeout_s if deadline_s is None else self._answer_s(wait_s)
-            stored = alone and self._ahead.put(hashes, sources, parent, hints, wait_s, answer_s)
-            if stored:
-                return stored
+            if ahead:
+                ahead = False
+                stored = self._ahead.put(hashes, sources, parent, hints, wait_s, answer_s)
+                if stored is not None:
+                    return stored
+                continue
             session, reply = self._reserve(
                 hashes, parent, hints, wait_s, shard, answer_s=answer_s, skip=done, lend=alone
             )
@@ -230,12 +234,7 @@ class Cache:
         stays_s = checks.seconds_to_live(ttl_s)
         hashes = checks.keys(hashes)
         _, reply = self._ask(
-            pb.RETAIN,
-            pb.RetainRequest,
-            pb.RetainReply,
-            hashes,
-            priority=priority,
-            ttl_s=stays_s,
+            pb.RETAIN, pb.RetainRequest, pb.RetainReply, hashes, priority=priority, ttl_s=stays_s
         )
         return int(reply.retained)
 
@@ -358,7 +357,7 @@ class Cache:
     ) -> tuple[Session, Any]:
         more: dict[str, Any] = {}
         if shard is not None:
-            more["shard"] = self._check_shard(shard)
+            more["shard"] = checks.number_of(shard, self.layout.shards, "shard")
         if hints:
             more["hints"] = checks.hints_of(hints)
         return self._ask(
@@ -475,9 +474,6 @@ class Cache:
         self._number = weakref.ref(session), number
         return number
 
-    def _check_shard(self, shard: int) -> int:
-        return checks.number_of(shard, self.layout.shards, "shard")
-
     def _addresses(
         self, hashes: Sequence[bytes], buffers: Sequence[Any], shard: int | None, *, writable: bool
     ) -> list[int] | DeviceBuffers:
@@ -489,7 +485,7 @@ class Cache:
             )
         size = self.layout.block_bytes
         if shard is not None:
-            self._check_shard(shard)
+            checks.number_of(shard, self.layout.shards, "shard")
             size = self.layout.shard_bytes
         if buffers and on_device(buffers[0]):
             from kvstore.client import cuda

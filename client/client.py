@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -128,6 +129,7 @@ class Session:
         self.layouts: dict[Layout, int] = {}  # as opened through this connection
         self._writes = 0  # reservations that have not ended
         self._spare: Spare | None = None
+        self._closed = False
         self._lock = threading.Lock()
 
     def begin_write(self) -> None:
@@ -142,8 +144,10 @@ class Session:
 
     def keep_spare(self, layout: Layout, number: int, lease: int, offset: int) -> None:
         """A slot has been lent. One is kept."""
+        surplus: Spare | None = Spare(layout, number, lease, offset)
         with self._lock:
-            surplus, self._spare = self._spare, Spare(layout, number, lease, offset)
+            if not self._closed:
+                surplus, self._spare = self._spare, surplus
         self._give_back(surplus)
 
     def take_spare(self, layout: Layout) -> Spare | None:
@@ -157,10 +161,16 @@ class Session:
 
     def close(self, why: str) -> None:
         """End it."""
-        with self._lock:
-            spare, self._spare = self._spare, None
-        self._give_back(spare)
+        if self.transport.pid == os.getpid():  # in a child, somebody may hold the lock for ever
+            with self._lock:
+                spare, self._spare, self._closed = self._spare, None, True
+            self._give_back(spare)
         self.transport.close(why)
+
+    def __del__(self) -> None:
+        """Of a client that was dropped and not closed."""
+        with contextlib.suppress(Exception):
+            self._give_back(self._spare)
 
     def _give_back(self, spare: Spare | None) -> None:
         wire = self.wire

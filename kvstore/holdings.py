@@ -8,7 +8,7 @@ block, however many leases of the session (or sessions of the tenant) are on it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
@@ -36,6 +36,7 @@ class Holdings:
         self._scrub = placement.scrub
         self._mirror = placement.mirror
         self._limited = limited
+        self.lent: Collection[int] = ()  # rows that are lent: they have a bound of their own
         self._tenant = Credit()
         self._leases_left = 0
 
@@ -137,6 +138,7 @@ class Holdings:
                 for block, count in pinned.items():
                     moves[block] += count
             leased = (np.frombuffer(catalog.pins, np.uint32) > moves) | (flags & WRITING != 0)
+            leased[list(self.lent)] = False
             counts = np.bincount(np.frombuffer(catalog.layout, np.uint16)[leased])
             held = sum(
                 int(count) * entry.slot_bytes

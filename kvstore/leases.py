@@ -75,7 +75,7 @@ class ReadLease:
 class WriteLease:
     """The right to write the slots of new blocks: all their shards, or the one named."""
 
-    __slots__ = ("after", "blocks", "entry", "number", "session", "shard", "spare")
+    __slots__ = ("after", "blocks", "entry", "lends", "number", "session", "shard")
 
     def __init__(
         self,
@@ -91,13 +91,13 @@ class WriteLease:
         self.blocks = blocks
         self.shard = shard
         self.after: Sequence[bytes | None] = ()  # keys of the chain before the blocks
-        self.spare: WriteLease | None = None  # of the slot that its commit lends
+        self.lends = False  # its commit lends a slot for the next block
 
 
 class Session:
     """One connected client."""
 
-    __slots__ = ("bucket", "credit", "leases", "name", "number", "pids", "token")
+    __slots__ = ("bucket", "credit", "leases", "lent", "name", "number", "pids", "ready", "token")
 
     def __init__(self, number: int, name: str) -> None:
         self.number = number
@@ -105,6 +105,8 @@ class Session:
         self.name = name
         self.pids: set[int] = set()  # of the processes that take part; for people
         self.leases: dict[int, ReadLease | WriteLease] = {}
+        self.lent: dict[int, WriteLease] = {}  # of slots for blocks yet to be named
+        self.ready: WriteLease | None = None  # such a slot, of which it was not told yet
         self.credit = Credit()
         self.bucket = Bucket()
 
@@ -137,7 +139,7 @@ class Sessions:
     def detach(self, session: Session) -> list[ReadLease | WriteLease]:
         """End the session; the leases that it held, for the store to end."""
         del self._sessions[session.number]
-        return list(session.leases.values())
+        return [*session.leases.values(), *session.lent.values()]
 
     def next_number(self) -> int:
         """A number for a lease. Numbers start at 1: 0 on the wire says that there is none."""

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
-from kvstore.leases import ReadLease, Session, WriteLease
+from kvstore.leases import Session
 from kvstore.store import Store
 from kvstore.types import HBM, NVME, TIERS
 from kvstore.worth import DAY_S, RATE_AFTER_S
@@ -20,8 +20,8 @@ def tenant_document(store: Store, uptime_s: float) -> dict[str, Any]:
         "errors": dict(counters.errors),
         "limited": dict(counters.limited),
         "sessions": len(store.sessions),
-        "leases": sum(len(_leases(store, session)) for session in store.sessions),
-        "clients": [_client(store, session) for session in store.sessions],
+        "leases": sum(len(session.leases) for session in store.sessions),
+        "clients": [_client(session) for session in store.sessions],
         "blocks": {
             "asked": counters.asked,
             "hit": counters.hit,
@@ -58,13 +58,8 @@ def _wear(store: Store, uptime_s: float) -> dict[str, float | None]:
     }
 
 
-def _leases(store: Store, session: Session) -> list[ReadLease | WriteLease]:
-    """Of blocks: not of slots that were only lent."""
-    return [one for one in session.leases.values() if not store.lending.is_lent(one)]
-
-
-def _client(store: Store, session: Session) -> dict[str, Any]:
-    leases = _leases(store, session)
+def _client(session: Session) -> dict[str, Any]:
+    leases = list(session.leases.values())
     return {
         "session": session.number,
         "name": session.name,

@@ -109,7 +109,7 @@ class Placement:
         entry = self.catalog.entry(blocks[0])
         got = self.room.take(DRAM, entry, blocks, now, force=force)
         unsaved, self.room.unsaved = self.room.unsaved, []
-        self.save(unsaved, now)
+        self._save(unsaved, now)
         wanted = len(blocks) - got
         while got < len(blocks) and (force or not self.spills) and self.reclaim(wanted):
             got += self.room.take(DRAM, entry, blocks[got:], now, force=force)
@@ -326,7 +326,7 @@ class Placement:
         if not self.spills + self.loads + self._checks:
             self._moved_at = now
 
-    def save(self, blocks: Sequence[int], now: float) -> None:
+    def _save(self, blocks: Sequence[int], now: float) -> None:
         """Order spills of blocks that stand in the way, as far as queue and budget allow."""
         for block in blocks:
             if self.spills >= self.config.queue_depth:
@@ -361,7 +361,7 @@ class Placement:
             if count > 0:
                 self.room.demote(slot_bytes, count, now, self.config.idle_s)
                 unsaved, self.room.unsaved = self.room.unsaved, []
-                self.save(unsaved, now)
+                self._save(unsaved, now)
 
     def _may_spill(self, block: int) -> bool:
         """Whether there is something to copy; blocks in a queue may have changed since."""

@@ -339,6 +339,16 @@ class Room:
         self.leave(DRAM, taken, "idle")
         return len(taken)
 
+    def leave_stored(self, slot_bytes: int, now: float) -> bool:
+        """Let the block that is worth least leave DRAM, if that is one which stays on NVMe."""
+        taken = self._pick(DRAM, self.policy(DRAM, slot_bytes), 1, now, force=False)
+        self.unsaved.clear()
+        stays = [block for block in taken if self.catalog.flags[block] & STORED]
+        if len(self.retention):
+            stays = [block for block in stays if not self.retention.keeps(block, now)]
+        self.leave(DRAM, stays, self.reasons[DRAM])
+        return bool(stays)
+
     def slot_sizes(self, tier: int) -> list[int]:
         """The slot sizes of which there were blocks in a tier."""
         return [size for of, size in self._policies if of == tier]

@@ -262,7 +262,7 @@ class Service:
 
     def _commit(self, session: Session, request: Any, answer: Answer) -> Any:
         self.requests["commit"] += 1
-        lent, page = self.store.spare(session, request.lease)
+        lent, page = self.store.lend(session, request.lease)
         stored = self.store.commit(session, request.lease, self._now())
         reply = pb.CommitReply(held=stored is not None, stored=stored or 0, lent=lent)
         reply.lent_offset = page * SLOT_ALIGNMENT

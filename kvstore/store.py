@@ -61,7 +61,7 @@ class Store:
         self.commit = self._writes.commit
         self.reserve = self._writes.reserve
         self.abort = self._writes.abort
-        self.spare = self._writes.spare
+        self.lend = self._writes.lend
         self.acquire = self._reads.acquire
         self.release = self._reads.release
         self.used = self._reads.used
@@ -87,6 +87,7 @@ class Store:
         """A client has gone. Its read leases end; returns the blocks that it was writing, whose
         slots stay as they are until `unquarantine`: its processes may still write."""
         leases = self.sessions.detach(session)
+        self.lending.gone(session)
         for lease in leases:
             if isinstance(lease, ReadLease):
                 self._reads.end(lease)
@@ -200,7 +201,7 @@ class Store:
         answering, never before. Returns of how many they have not been told."""
         if self._learning.digest(now, most):
             self.placement.pump(now)
-        self.lending.go_on(self.limits, now)
+        self.lending.go_on(now)
         return self.undigested
 
     @property
@@ -325,6 +326,7 @@ class Store:
         """Asserts what must hold between calls. For tests: it looks at everything."""
         self.room.check()
         self.placement.mirror.check()
+        self.lending.check()
         pins = [0] * len(self.catalog.keys)
         writing: set[int] = set()
         for session in self.sessions:

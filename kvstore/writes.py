@@ -62,6 +62,7 @@ class Writes:
         self.sessions = sessions
         self.holdings = holdings
         self.lending = Lending(placement, sessions)
+        holdings.lent = self.lending.rows
         self._parts: dict[int, _Parts] = {}
         # Of them, those that nobody works on, idle for longest first.
         self._idle_parts: OrderedDict[int, None] = OrderedDict()
@@ -90,19 +91,19 @@ class Writes:
         """
         status = bytearray(len(keys))
         claimed, fresh, present = self._sort_keys(entry, keys, shard, status)
-        spare = self.lending.usable(session, entry, lent) if fresh and shard is None else None
         if claimed or fresh:
-            claimed, fresh = self._allow(session, entry, claimed, fresh, status, now, spare)
+            claimed, fresh = self._allow(session, entry, claimed, fresh, status, now)
         if shard is not None:  # before making room: what is claimed is not given up
             self._claim([entry.index[keys[at]] for at in claimed], shard)
         elif self._idle_parts:
             self.give_up_idle(entry.index.get(keys[at]) for at in fresh)
         blocks = self._rows(entry, [keys[at] for at in fresh])
-        flags, index = self.catalog.flags, entry.index
+        flags, dram, index = self.catalog.flags, self.catalog.dram, entry.index
         offer = Offer.of(entry, context, keys, fresh, hints)
         chain = [index[key] for key in context if key in index] + present
+        spare = self.lending.usable(session, entry, lent) if fresh and shard is None else None
         wanted = self._contested(offer, blocks, chain, now, int(spare is not None))
-        seated = self._seat(spare, blocks[:wanted], now)
+        seated = self.lending.seat(spare, blocks[:wanted])
         got = seated + self._take(blocks[seated:wanted], chain, now, force)
         offer.cut(got)
         for at in fresh[got:]:
@@ -120,18 +121,12 @@ class Writes:
         if shard is not None:
             self._claim(granted, shard)
             granted = [entry.index[keys[at]] for at in sorted(claimed + fresh[:got])]
-        number = lent if seated else self.sessions.next_number()
-        lease = WriteLease(number, session, entry, granted, shard) if granted else None
-        if lease is not None:
+        lease = None
+        if granted:
+            number = lent if seated else self.sessions.next_number()
+            lease = WriteLease(number, session, entry, granted, shard)
             self._begins(lease, chain, lend)
-        pages = [self.catalog.dram[block] for block in granted]
-        return Reserved(bytes(status), pages, chain, lease, waiting)
-
-    def _begins(self, lease: WriteLease, chain: list[int], lend: bool) -> None:
-        lease.after = [self.catalog.keys[block] for block in chain]
-        lease.session.leases[lease.number] = lease
-        if lend:
-            self.lending.later(lease)
+        return Reserved(bytes(status), [dram[block] for block in granted], chain, lease, waiting)
 
     def _allow(
         self,
@@ -141,27 +136,20 @@ class Writes:
         fresh: list[int],
         status: bytearray,
         now: float,
-        spare: WriteLease | None,
     ) -> tuple[list[int], list[int]]:
-        """Of these places, those whose blocks the session may write now; others are refused."""
+        """Those of the places whose blocks the session may write now; others are refused."""
         self.holdings.check_leases(session)
-        if spare is not None:  # counted when it was lent
-            self.holdings.give_back(session, entry, 1)
         count = len(claimed) + len(fresh)
         allowed = self.holdings.allow(session, entry, count, now)
-        return (
-            (claimed, fresh) if allowed == count else _refuse_tail(claimed, fresh, allowed, status)
-        )
+        if allowed < count:
+            return _refuse_tail(claimed, fresh, allowed, status)
+        return claimed, fresh
 
-    def _seat(self, spare: WriteLease | None, blocks: list[int], now: float) -> int:
-        """Give the first block the slot that was lent; how many got one."""
-        if spare is None:
-            return 0
-        if not blocks:
-            self.holdings.allow(spare.session, spare.entry, 1, now)  # lent it stays
-            return 0
-        self.lending.seat(spare, blocks[0])
-        return 1
+    def _begins(self, lease: WriteLease, chain: list[int], lend: bool) -> None:
+        lease.after = [self.catalog.keys[block] for block in chain]
+        lease.session.leases[lease.number] = lease
+        if lend:
+            self.lending.later(lease)
 
     def _take(self, blocks: list[int], chain: list[int], now: float, force: bool) -> int:
         """Slots for leading blocks; how many got one. Those of their own chain go last."""
@@ -181,14 +169,14 @@ class Writes:
         """
         lease = session.leases.get(number)
         if not isinstance(lease, WriteLease):
-            return None
+            return 0 if self.lending.give_back(session, number) else None
         del session.leases[number]
         flags = self.catalog.flags
         doomed = [block for block in lease.blocks if flags[block] & DOOMED]
         good = lease.blocks
         if doomed:
             good = [block for block in lease.blocks if not flags[block] & DOOMED]
-            self._unwrite(doomed if lease.shard is None else self._let_go(doomed, lease))
+            self.placement.unwrite(doomed if lease.shard is None else self._let_go(doomed, lease))
         stored = len(good)
         if lease.shard is not None:
             good = self._shard_done(good, lease)
@@ -215,21 +203,21 @@ class Writes:
         """The lease's blocks will not be written, and nobody writes them any more."""
         lease = session.leases.get(number)
         if not isinstance(lease, WriteLease):
-            return False
+            return self.lending.give_back(session, number)
         del session.leases[number]
-        if not self.lending.is_lent(lease):
-            self.counters.aborted += len(lease.blocks)
-        self._unwrite(lease.blocks if lease.shard is None else self._let_go(lease.blocks, lease))
-        if lease.spare is not None:
-            self.abort(session, lease.spare.number, now)
+        self.counters.aborted += len(lease.blocks)
+        self.placement.unwrite(
+            lease.blocks if lease.shard is None else self._let_go(lease.blocks, lease)
+        )
         return True
 
-    def spare(self, session: Session, number: int) -> tuple[int, int]:
-        """Lease and page of the slot that the commit of a lease lends; 0, 0 where it lends none."""
+    def lend(self, session: Session, number: int) -> tuple[int, int]:
+        """Just before the commit of a lease: lease and page of the slot that it lends; 0, 0 where
+        it lends none."""
         lease = session.leases.get(number)
-        if not isinstance(lease, WriteLease) or lease.spare is None:
+        if not isinstance(lease, WriteLease) or not lease.lends:
             return 0, 0
-        return lease.spare.number, self.catalog.dram[lease.spare.blocks[0]]
+        return self.lending.lend(session, lease.entry)
 
     def quarantine(self, leases: Iterable[WriteLease]) -> list[int]:
         """Who held these leases has gone, but its processes may still write. Nobody joins the
@@ -257,7 +245,7 @@ class Writes:
                     continue
                 del self._parts[block]
             over.append(block)
-        self._unwrite(over)
+        self.placement.unwrite(over)
 
     def give_up_idle(self, blocks: Iterable[int | None]) -> None:
         """These blocks were doomed, or somebody has them whole: those of which some shards are
@@ -319,10 +307,6 @@ class Writes:
         for row in rows:
             ghosts.pop(row, None)  # type: ignore[arg-type]  # what has none is no ghost
         return [next(rest) if row is None else row for row in rows]
-
-    def _unwrite(self, blocks: Sequence[int]) -> None:
-        self.lending.over(blocks)
-        self.placement.unwrite(blocks)
 
     def _unrow(self, blocks: Sequence[int]) -> None:
         self.placement.room.settle(blocks, "refused")

@@ -268,6 +268,8 @@ class Books:
             ):
                 spilling |= {catalog.dram[move.block]} - {NOWHERE}
         owners = store.room.dram.owners()
+        ready = [session.ready.blocks[0] for session in store.sessions if session.ready]
+        writing |= {catalog.dram[block] for block in ready}
         assert owners.keys() == writing | loading | leased | committed | spilling
         assert store.room.dram.used_bytes == self._size(owners)
         expected = {}
@@ -350,14 +352,14 @@ class Books:
     # -- lent slots ----------------------------------------------------------------------------
 
     def lent(self, session: Session) -> list[Writer]:
-        """What was lent to a session, or is ready to be; it writes there when it likes."""
+        """What was lent to a session; it writes there when it likes."""
         return [w for w in self.writers if w.session is session and w.names[0][1] == NAME]
 
     def _note_lent(self) -> None:
         known = {writer.lease for writer in self.writers}
         for session in self.store.sessions:
-            for lease in session.leases.values():
-                if isinstance(lease, WriteLease) and lease not in known:
+            for lease in session.lent.values():
+                if lease not in known:
                     (page,) = (self.store.catalog.dram[block] for block in lease.blocks)
                     shards = tuple(range(lease.entry.layout.shards))
                     assert page not in self.dram or page not in self.partial
@@ -374,7 +376,7 @@ class Books:
         if lent is not None and lent.lease.entry is entry and reserved.pages:
             assert reserved.pages[0] == lent.pages[0], "it was lent for nothing"
             self.marks["lent slot taken"] += 1
-        if lent is not None and lent.session.leases.get(lent.lease.number) is not lent.lease:
+        if lent is not None and lent.lease.number not in lent.session.lent:
             assert reserved.pages and reserved.pages[0] == lent.pages[0]
             assert reserved.lease is not None and reserved.lease.number == lent.lease.number
             self.writers.remove(lent)

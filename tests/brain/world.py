@@ -71,7 +71,7 @@ class World(Books):
         self.version = 0
         self.sessions: list[Session] = []
         self.kept: set[Name] = set()
-        self.store.lending.part = 2
+        self.store.lending.part, self.store.lending.slabs_part = 2, 0
         self.entries = [self.store.open(layout_of(number)) for number in range(layouts)]
 
     def after(self) -> None:
@@ -216,6 +216,8 @@ class World(Books):
             visible.append(name[1])
             if fenced and any((p.entry.number, p.key) == name for p in self.index.values()):
                 self.marks["stored again while fenced"] += 1
+        lent, _ = self.store.lend(writer.session, writer.lease.number)
+        assert bool(lent) == (lent in writer.session.lent) and lent != writer.lease.number
         stored = self.store.commit(writer.session, writer.lease.number, self.now)
         assert stored == len(writer.names) - dead
         assert self.store.commit(writer.session, writer.lease.number, self.now) is None
@@ -223,9 +225,7 @@ class World(Books):
             assert self.store.lookup(entry, [key]) == b"\1", "committed, and not there"
 
     def abort(self, writer: Writer) -> None:
-        self.writers = [
-            w for w in self.writers if w.lease not in (writer.lease, writer.lease.spare)
-        ]
+        self.writers.remove(writer)
         for page in writer.pages:
             self._end_partial(page)
         assert self.store.abort(writer.session, writer.lease.number, self.now)

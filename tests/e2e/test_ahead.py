@@ -3,6 +3,7 @@ each hash, whatever it answers, and nothing stays lent for ever."""
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -194,10 +195,70 @@ def test_who_closes_gives_it_back(daemon: Daemon) -> None:
         assert stats.blocks.quarantined == stats.blocks.aborted == 0
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_who_is_dropped_gives_it_back(daemon: Daemon) -> None:
+    """A client that nobody closed: its slot would be kept aside while the process lives."""
+    for at, key in enumerate(KEYS, 1):
+        put(Client(daemon.socket(), 5.0).open(LAYOUT), key)
+        gc.collect()
+        wait_for(lambda: daemon.stats().sessions == 1, "the session to end")
+        stats = daemon.stats()
+        assert stats.tiers.dram.used_bytes == at * SIZE
+        assert (stats.blocks.lent, stats.blocks.quarantined) == (0, 0)
+
+
+def test_who_is_closed_while_it_puts(daemon: Daemon, copies: Copies) -> None:
+    """What was lent to it is not kept, and others are lent slots still."""
+    for key in KEYS[1:]:
+        client = daemon.client()
+        cache = client.open(LAYOUT)
+        put(cache, KEYS[0])
+        session = client.session(client.deadline())
+        session.close("the test closes it")
+        assert session.take_spare(LAYOUT) is None
+        session.keep_spare(LAYOUT, 0, 1 << 40, 0)
+        assert session.take_spare(LAYOUT) is None
+        assert put(cache, key) == (1, 0, 0)
+        client.close()
+    assert_there(daemon.client().open(LAYOUT), KEYS)
+    wait_for(lambda: not lent(daemon), "slots to be free")
+
+
+def test_a_copy_that_takes_longer_than_an_answer_may(daemon: Daemon, copies: Copies) -> None:
+    """The daemon is no slower for it."""
+    cache = daemon.client(timeout_s=0.3).open(LAYOUT)
+    put(cache, KEYS[0])
+    slow = threading.Event()
+    copies.before = lambda: slow.wait(0.5)
+    assert put(cache, KEYS[1]) == (1, 0, 0) and copies.count == 1
+
+
+def test_large_blocks_are_copied_by_several_threads(
+    make_daemon: MakeDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 16 * MIB
+    large = make_daemon(dram={"size": 4096 * MIB, "preallocate": False}, nvme={"size": "0"})
+    cache = large.start().client().open(layout("large", shard_bytes=size))
+    shared: list[int] = []
+
+    def copy_all(copies: list[tuple[int, int, int]]) -> None:
+        shared.append(copies[0][2])
+        copying_module.copy_all(copies)
+
+    monkeypatch.setattr(ahead, "copy_all", copy_all)
+    for key in KEYS[:2]:
+        assert cache.put([key], [content(key, size)]).stored == 1
+    into = targets(2, size)
+    assert cache.get(KEYS[:2], into).length == 2 and into == contents(KEYS[:2], size)
+    assert shared == [size]
+
+
 def test_who_dies_loses_it(daemon: Daemon) -> None:
     def engine() -> None:
-        put(Client(daemon.socket(), 5.0).open(LAYOUT), KEYS[0])
+        cache = Client(daemon.socket(), 5.0).open(LAYOUT)
+        put(cache, KEYS[0])
         signal.pause()
+        assert cache
 
     child = Child(engine)
     try:
@@ -318,7 +379,8 @@ def test_an_interrupt_while_it_is_copied(daemon: Daemon, cache: Cache, copies: C
     copies.before = interrupt
     with pytest.raises(KeyboardInterrupt):
         put(cache, KEYS[1])
-    wait_for(lambda: daemon.stats().tiers.dram.used_bytes == SIZE, "the grant to be undone")
+    wait_for(lambda: daemon.stats().leases == 0, "the grant to be undone")
+    assert lent(daemon) == 1 and daemon.stats().tiers.dram.used_bytes == 2 * SIZE
     assert not cache.client.session(cache.client.deadline()).writing
     assert put(cache, KEYS[1]) == (1, 0, 0)
     assert_there(cache, KEYS[:2])

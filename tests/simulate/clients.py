@@ -184,7 +184,8 @@ class Client(Program):
             self._give_back(connection, reply.lent)
 
     def _give_back(self, connection: Connection, lease: int) -> None:
-        """A slot that was lent is not written any more."""
+        """A slot that was lent is not written any more, also if it is a block's by now."""
+        self._stop_writing(connection, lease)
         lent = connection.lent.pop(lease, None)
         if lent is not None:
             self.world.holders.end(lent)

@@ -80,7 +80,7 @@ class Daemon:
         self._estate = self._take_over()
         self.table = self._estate.table
         self.store = Store(machine.placement, machine.limits, FAMILIES[machine.family]())
-        self.store.lending.part = 2
+        self.store.lending.part, self.store.lending.slabs_part = 2, 0
         self.hands = MortalHands(self.table, self._estate.notes)
         self.hands.fuse = self.fuse
         info = ServiceInfo(

@@ -276,7 +276,7 @@ class Connection:
     def _lends(self, reply: Any) -> None:
         world, session = self.world, self.session
         assert session is not None
-        layout = session.leases[reply.lent].entry.layout
+        layout = session.lent[reply.lent].entry.layout
         lent = Writing(
             [self.client],
             self.arena,
