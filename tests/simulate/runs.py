@@ -10,7 +10,7 @@ import structlog
 
 from tests.simulate.world import World
 
-SEEDS = 200
+SEEDS = 260
 STEPS = 500
 # Rare branches: all histories together must have been in each of them.
 MARKS = {
