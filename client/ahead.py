@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kvstore import paths
 from kvstore.client import checks
 from kvstore.client.copying import SHARED_BYTES, copy, copy_all
 from kvstore.client.reservation import PRESENT
@@ -42,7 +41,6 @@ class Ahead:
 
     def __init__(self, cache: Cache) -> None:
         self.pays = True
-        self._hatch = cache.client.path.name != paths.FRONT_DOOR
         self._client = cache.client
         self._layout = cache.layout
         self._recall = cache.recall
@@ -50,7 +48,7 @@ class Ahead:
     def suits(self, sources: Any) -> bool:
         """Whether a slot for the next one is worth borrowing: it is one block, in host memory."""
         return (
-            self._hatch
+            not self._client.front
             and type(sources) is list
             and len(sources) == 1
             and self._layout.block_bytes >= LEAST_BYTES

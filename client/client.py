@@ -191,6 +191,7 @@ class Client:
     ) -> None:
         """`tenant`, where it is another one than the default: whose socket it must be."""
         self.path = path
+        self.front = path.name == paths.FRONT_DOOR  # gRPC, not the hatch
         self._tenant = tenant
         self.timeout_s = timeout_s
         self._join = _ticket(join)
@@ -429,7 +430,7 @@ class Client:
     def _attach(self, deadline: float) -> Session:
         left = max(0.001, deadline - time.monotonic())
         transport: Transport
-        if self.path.name == paths.FRONT_DOOR:
+        if self.front:
             from kvstore.client.front import FrontDoorWire
 
             transport = FrontDoorWire(self.path, left)

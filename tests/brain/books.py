@@ -272,9 +272,7 @@ class Books:
         writing |= {catalog.dram[block] for block in ready}
         assert owners.keys() == writing | loading | leased | committed | spilling
         assert store.room.dram.used_bytes == self._size(owners)
-        expected = {}
-        for page, block in owners.items():
-            expected[page] = self._record(block)
+        expected = {page: self._record(block) for page, block in owners.items()}
         assert self.table == expected, "the slot table is out of date"
 
     def _record(self, block: int) -> tuple[str, Name]:
@@ -360,9 +358,9 @@ class Books:
         for session in self.store.sessions:
             for lease in session.lent.values():
                 if lease not in known:
-                    (page,) = (self.store.catalog.dram[block] for block in lease.blocks)
+                    page = self.store.catalog.dram[lease.blocks[0]]
                     shards = tuple(range(lease.entry.layout.shards))
-                    assert page not in self.dram or page not in self.partial
+                    assert page not in self.partial
                     self.dram[page] = [JUNK] * len(shards)
                     self.writers.append(
                         Writer(

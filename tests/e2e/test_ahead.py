@@ -3,11 +3,13 @@ each hash, whatever it answers, and nothing stays lent for ever."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -77,6 +79,26 @@ def assert_there(cache: Cache, keys: list[bytes]) -> None:
         into = targets(len(keys), SIZE)
         assert other.open(LAYOUT).get(keys, into).length == len(keys)
         assert into == contents(keys, SIZE)
+
+
+def at_commit(
+    cache: Cache,
+    monkeypatch: pytest.MonkeyPatch,
+    around: Callable[[], AbstractContextManager[None]],
+) -> None:
+    """Have the next commit sent with something around it."""
+    wire = cache.client.session(cache.client.deadline()).wire
+    assert wire is not None
+    call = wire.call
+
+    def patched(verb: int, *rest: object) -> object:
+        if verb != pb.COMMIT:
+            return call(verb, *rest)  # type: ignore[arg-type]
+        monkeypatch.undo()
+        with around():
+            return call(verb, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(wire, "call", patched)
 
 
 def lent(daemon: Daemon) -> int:
@@ -207,8 +229,8 @@ def test_who_is_dropped_gives_it_back(daemon: Daemon) -> None:
         assert (stats.blocks.lent, stats.blocks.quarantined) == (0, 0)
 
 
-def test_who_is_closed_while_it_puts(daemon: Daemon, copies: Copies) -> None:
-    """What was lent to it is not kept, and others are lent slots still."""
+def test_a_closed_session_keeps_nothing(daemon: Daemon, copies: Copies) -> None:
+    """As where a client is closed while another thread of it puts."""
     for key in KEYS[1:]:
         client = daemon.client()
         cache = client.open(LAYOUT)
@@ -285,7 +307,7 @@ def test_a_restart(daemon: Daemon, cache: Cache, copies: Copies, how: str) -> No
 
 
 def test_the_daemon_dies_while_it_is_copied(daemon: Daemon, cache: Cache, copies: Copies) -> None:
-    """Stored through the next one, or an error. A slot is not free while it is written."""
+    """It is stored through the next one. A slot is not free while it is written."""
     put(cache, KEYS[0])
 
     def die() -> None:
@@ -304,16 +326,13 @@ def test_the_daemon_dies_before_the_commit(
     daemon: Daemon, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(cache, KEYS[0])
-    wire = cache.client.session(cache.client.deadline()).wire
-    assert wire is not None
-    call = wire.call
 
-    def dies(verb: int, *rest: object) -> object:
-        if verb == pb.COMMIT:
-            daemon.kill()
-        return call(verb, *rest)  # type: ignore[arg-type]
+    @contextlib.contextmanager
+    def killed() -> Iterator[None]:
+        daemon.kill()
+        yield
 
-    monkeypatch.setattr(wire, "call", dies)
+    at_commit(cache, monkeypatch, killed)
     with pytest.raises(Unavailable, match="no daemon at"):
         put(cache, KEYS[1])
     daemon.start()
@@ -351,18 +370,7 @@ def test_a_commit_that_is_late(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) 
     """It lends a slot to nobody."""
     cache = daemon.client(timeout_s=0.4).open(LAYOUT)
     put(cache, KEYS[0])
-    wire = cache.client.session(cache.client.deadline()).wire
-    assert wire is not None
-    call = wire.call
-
-    def late(verb: int, *rest: object) -> object:
-        if verb != pb.COMMIT:
-            return call(verb, *rest)  # type: ignore[arg-type]
-        monkeypatch.undo()
-        with daemon.suspended():
-            return call(verb, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(wire, "call", late)
+    at_commit(cache, monkeypatch, daemon.suspended)
     with pytest.raises(DeadlineExceeded):
         put(cache, KEYS[1])
     wait_for(lambda: not daemon.stats().blocks.lent, "the slot to be free")
