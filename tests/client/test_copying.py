@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import platform
@@ -13,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,13 +66,26 @@ def test_large_copies_go_past_the_caches_where_that_could_be_built() -> None:
     assert copying.streams() == buildable
 
 
-@pytest.mark.parametrize("streams", [True, False])
+def without_avx2(folder: Path) -> Any:
+    """The compiled function as it is on a processor that has no AVX2."""
+    if not copying.streams():
+        pytest.skip("it was not built here")
+    source = Path(copying.__file__).with_name("streaming.c")
+    library = folder / "streaming.so"
+    options = ["-O2", "-shared", "-fPIC", "-D__builtin_cpu_supports(name)=0"]
+    subprocess.run(["cc", *options, "-o", str(library), str(source)], check=True)
+    return copying._function(ctypes.CDLL(str(library)), "kvstore_stream")
+
+
+@pytest.mark.parametrize("how", ["as built", "16 bytes at a time", "memmove"])
 def test_copies_at_any_place_and_of_any_length(
-    monkeypatch: pytest.MonkeyPatch, streams: bool
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str
 ) -> None:
     """Nothing before or behind them changes, with the compiled function as without."""
-    if not streams:
+    if how == "memmove":
         monkeypatch.setattr(copying, "_stream", None)
+    elif how == "16 bytes at a time":
+        monkeypatch.setattr(copying, "_stream", without_avx2(tmp_path))
     monkeypatch.setattr(copying, "STREAM_BYTES", 0)
     draw, rng = random.Random(3), np.random.default_rng(3)
     source = rng.integers(1, 256, 80_000, dtype=np.uint8)
