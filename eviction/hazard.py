@@ -31,7 +31,7 @@ _STARTS, _WIDTHS = _START.tolist(), _WIDTH.tolist()
 PRIOR_REQUESTS = 3.0  # a class is taken for the average of all until it has seen about as many
 HALF_LIFE_REQUESTS = 200_000  # what happened so long ago counts half
 FIRST_REFRESH, REFRESH_REQUESTS = 50, 500  # how often the worth is computed anew
-COHORTS_PER_REFRESHED_REQUEST = 128  # with many cohorts it is computed more rarely
+COHORTS_PER_REFRESHED_REQUEST = 64  # with many cohorts it is computed more rarely
 
 
 def bin_of(age: float) -> int:
@@ -53,10 +53,11 @@ class Hazard:
         self._returns = np.zeros((kinds, BINS))
         self._ends = np.zeros((kinds, BINS))  # blocks whose stay in a cohort ended at this age
         self._partial = np.zeros((kinds, BINS))  # their seconds in that last bin
-        # The same, for one element at a time: quicker than through numpy.
-        self._return, self._end, self._part = map(_view, (self._returns, self._ends, self._partial))
         self._blocks = np.zeros(kinds)  # that entered the class, and in how many cohorts
         self._groups = np.zeros(kinds)
+        # The same, flat, for one element at a time: quicker than through numpy.
+        self._return, self._end, self._part = map(_view, (self._returns, self._ends, self._partial))
+        self._entered, self._begun = map(_view, (self._blocks, self._groups))
         self.seen = 0  # requests
         self.now = 0.0  # when the last of them came
         self._refreshed = 0, 0.0  # how many had been seen, and when it was
@@ -81,8 +82,8 @@ class Hazard:
         cohorts.touches[number] = touches
         cohorts.length[number] = length
         cohorts.alive[number] = blocks
-        self._blocks[kind] += blocks
-        self._groups[kind] += 1
+        self._entered[kind] += blocks
+        self._begun[kind] += 1
         return number
 
     def end(self, cohort: int, blocks: int, now: float, *, returned: bool) -> None:
@@ -90,7 +91,7 @@ class Hazard:
         cohorts = self.cohorts
         kind, age = cohorts.kind[cohort], now - cohorts.time[cohort]
         at = bin_of(age)
-        place = kind, at
+        place = kind * BINS + at
         if returned:
             self._return[place] += blocks
         self._end[place] += blocks
@@ -189,7 +190,7 @@ class Hazard:
 
 
 def _view(counts: Floats) -> Any:
-    return memoryview(counts.data)
+    return memoryview(counts.reshape(-1).data)
 
 
 def _gittins(hazard: Floats) -> Floats:

@@ -60,8 +60,11 @@ class Ranking:
         self._old: dict[int, Heap] = {}  # for each class, idle for longest first
         self._young: dict[int, Heap] = {}
         self._entries = 0
-        self._ends_worth: dict[int, float] = {}  # by twice the class, and one more for the young
-        self._ends_at, self._ends_seen = 0.0, 0  # when, and after how many requests, it was found
+        self._ends: list[tuple[float, int, bool]] = []  # see `_look`
+        self._known: dict[int, float] = {}  # by twice the class, and one more for the young
+        self._stale = True  # whether these have to be made anew
+        self._changed: set[int] = set()  # ends that other leaves are at since they were looked at
+        self._ends_at, self._ends_seen = 0.0, 0  # when, and after how many requests, it was made
         self._gone: dict[int, None] = {}  # named, and not forgotten yet
         self._aside: dict[int, None] = {}  # named, and stayed
         self._deferred: list[int] = []
@@ -90,16 +93,21 @@ class Ranking:
         if len(keys) > MANY and not self._gaps:
             self._admit_many(np.asarray(keys, np.int32))
             return
-        resident, child, gaps = self.columns.resident, self.columns.child, self._gaps
-        parent = self._blocks.parent
+        resident, child = self.columns.resident, self.columns.child
+        parent, depth = self._blocks.parent, self._blocks.depth
         for key in keys:
             assert not resident[key], f"key {key} admitted twice"
             resident[key] = 1
-            if parent[key] != NONE:
+            above = parent[key]
+            if above == NONE:
+                continue
+            if child[above] == NONE and depth[above] + 1 == depth[key]:
+                child[above] = key  # as `_link`, which would be called for each block
+            else:
                 self._link(key)
-            if gaps:
-                for ranking in self._others:
-                    ranking.filled(key)
+        if self._gaps:
+            for ranking in self._others:
+                ranking.filled(keys)
         self._count += len(keys)
         self._push_all([key for key in keys if child[key] == NONE])
         self._trim()
@@ -153,14 +161,12 @@ class Ranking:
         columns = self.columns
         columns.reserve(self._blocks.size)
         if len(chain) <= MANY:
-            resident, child, queued = columns.resident, columns.child, columns.queued
+            resident, child = columns.resident, columns.child
             for key in chain if isinstance(chain, list) else chain.tolist():
-                queued[key] = NONE
-                if resident[key] and child[key] == NONE:
+                if child[key] == NONE and resident[key]:
                     self._push(key)
             self._trim()
             return
-        columns.array("queued")[chain] = NONE
         here = columns.array("resident")[chain] != 0
         for key in chain[here & (columns.array("child")[chain] == NONE)].tolist():
             self._push(key)
@@ -169,8 +175,9 @@ class Ranking:
     def hang(self, keys: Sequence[int]) -> None:
         """What these depend on is known now."""
         self.columns.reserve(self._blocks.size)
+        resident = self.columns.resident
         for key in keys:
-            if self.columns.resident[key] and key not in self._gone:
+            if resident[key] and key not in self._gone:
                 self._link(key)
 
     def missing(self, keys: Sequence[int]) -> None:
@@ -184,21 +191,21 @@ class Ranking:
         """Whether a block that is here depends on this one."""
         return key < self.columns.size and self.columns.child[key] != NONE
 
-    def filled(self, key: int) -> None:
-        """A block has come to one of the tiers."""
-        self._gaps.pop(key, None)
+    def filled(self, keys: Sequence[int]) -> None:
+        """Blocks have come to one of the tiers."""
+        for key in keys:
+            self._gaps.pop(key, None)
 
     def cut(self, keys: Sequence[int]) -> list[int]:
         """Blocks that are not resident are not known any more; what hangs on them here."""
         self._settle()
-        child, size, gaps = self.columns.child, self.columns.size, self._gaps
+        child, size = self.columns.child, self.columns.size
         orphans: list[int] = []
-        for key in keys:
-            if gaps:
-                gaps.pop(key, None)
-            if key < size and child[key] != NONE:
-                orphans += (child[key], *self._more.pop(key, ()))
-                child[key] = NONE
+        for key in [key for key in keys if key < size and child[key] != NONE]:
+            orphans += (child[key], *self._more.pop(key, ()))
+            child[key] = NONE
+        if self._gaps:
+            self.filled(keys)
         return orphans
 
     # -- naming --------------------------------------------------------------------------------
@@ -222,19 +229,26 @@ class Ranking:
         self._requeue([key for key in deferred if key not in named])
 
     def _leaves(self, now: float) -> Victims:
-        """Leaves of all classes, least worthy first. `ends` has what the first of each heap was
-        worth when it was looked at last: what comes out is looked at again."""
-        cohort, kinds = self._blocks.cohort, self._hazard.cohorts.kind
-        queued, gone, aside = self.columns.queued, self._gone, self._aside
-        ends, known = self._ends(now), self._ends_worth
+        """Leaves of all classes, least worthy first. What an end of a class was worth when it was
+        looked at last says which is looked at again."""
+        cohort, parents = self._blocks.cohort, self._blocks.parent
+        queued, child, resident = self.columns.queued, self.columns.child, self.columns.resident
+        gone, aside, more = self._gone, self._aside, self._more
+        known = self._known
+        ends = self._look(now)
         while ends:
             worth, kind, young = heapq.heappop(ends)
-            heap = (self._young if young else self._old).get(kind, [])
-            first = known[2 * kind + young] = self._worth(kind, heap, young, now)
+            end = 2 * kind + young
+            if known.get(end) != worth:
+                continue  # it was looked at since
+            heap = (self._young if young else self._old)[kind]
+            first = self._worth(kind, heap, young, now)
             if not heap:
+                del known[end]
                 continue
-            if ends and first > max(worth, ends[0][0]):
-                heapq.heappush(ends, (first, kind, young))
+            known[end] = first
+            heapq.heappush(ends, (first, kind, young))
+            if first > worth and first > ends[0][0]:
                 continue
             key = heapq.heappop(heap) & KEY_MASK
             self._entries -= 1
@@ -247,36 +261,39 @@ class Ranking:
                     break
                 del aside[key]
                 gone[key] = None
-                key = self._take_off(key)
+                parent = parents[key]
+                if parent == NONE:
+                    key = NONE
+                elif child[parent] == key and parent not in more:  # as `_take_off`, likewise
+                    child[parent] = NONE
+                    key = parent if resident[parent] else NONE
+                else:
+                    key = self._take_off(key)
                 if key == NONE or cohort[key] != of:
                     break  # else: the tail of a request leaves as one
-            heapq.heappush(ends, (first, kind, young))
             if key != NONE:
                 self._push(key)
-                other = kinds[cohort[key]]
-                for end, heaps in ((False, self._old), (True, self._young)):
-                    worth = self._worth(other, heaps[other], end, now)
-                    heapq.heappush(ends, (worth, other, end))
+                self._look(now)
 
-    def _ends(self, now: float) -> list[tuple[float, int, bool]]:
+    def _look(self, now: float) -> list[tuple[float, int, bool]]:
         """For each class, and each end of it, what the first leaf is worth, or was a moment ago: a
-        heap."""
-        known = self._ends_worth
-        seen = self._hazard.seen
-        if now - self._ends_at >= ENDS_S or seen - self._ends_seen >= ENDS_REQUESTS:
+        heap. In it are also earlier values, which are not those that are `known`."""
+        ends, known, seen = self._ends, self._known, self._hazard.seen
+        if now - self._ends_at >= ENDS_S or seen - self._ends_seen >= ENDS_REQUESTS or self._stale:
+            ends.clear()
             known.clear()
+            self._stale = False
             self._ends_at, self._ends_seen = now, seen
-        ends = []
-        for young, heaps in ((False, self._old), (True, self._young)):
-            for kind, heap in list(heaps.items()):
-                worth = known.get(2 * kind + young)
-                if worth is None:
-                    worth = known[2 * kind + young] = self._worth(kind, heap, young, now)
-                if heap:
-                    ends.append((worth, kind, young))
-                else:
-                    del heaps[kind]
-        heapq.heapify(ends)
+            self._changed.update(2 * kind for kind in self._old)
+            self._changed.update(2 * kind + 1 for kind in self._young)
+        for end in self._changed:
+            kind, young = end >> 1, bool(end & 1)
+            if heap := (self._young if young else self._old)[kind]:
+                worth = self._worth(kind, heap, young, now)
+                if heap and known.get(end) != worth:
+                    known[end] = worth
+                    heapq.heappush(ends, (worth, kind, young))
+        self._changed.clear()
         return ends
 
     def _name(self, key: int) -> Generator[int, bool | None, int]:
@@ -331,13 +348,19 @@ class Ranking:
         return 0.0
 
     def _push(self, key: int) -> None:
-        """A leaf takes part, under the cohort that it has now."""
-        kind, when, rest = self._entry(key)
-        known = self._ends_worth
-        known.pop(2 * kind, None)
-        known.pop(2 * kind + 1, None)
-        heapq.heappush(self._old.setdefault(kind, []), when << TIME_SHIFT | rest)
-        heapq.heappush(self._young.setdefault(kind, []), TIME_END - when << TIME_SHIFT | rest)
+        """A leaf takes part, under the cohort that it has now; no older entry of it counts."""
+        cohorts = self._hazard.cohorts
+        self.columns.queued[key] = of = self._blocks.cohort[key]
+        kind, when = cohorts.kind[of], int(cohorts.time[of] * 1e6)
+        rest = DEPTH_END - self._blocks.depth[key] << KEY_BITS | key
+        entry = when << TIME_SHIFT | rest
+        heapq.heappush(heap := self._old.setdefault(kind, []), entry)
+        if heap[0] is entry:
+            self._changed.add(2 * kind)
+        entry = TIME_END - when << TIME_SHIFT | rest
+        heapq.heappush(heap := self._young.setdefault(kind, []), entry)
+        if heap[0] is entry:
+            self._changed.add(2 * kind + 1)
         self._entries += 2
 
     def _push_all(self, keys: Sequence[int]) -> None:
@@ -353,18 +376,11 @@ class Ranking:
         self.columns.array("queued")[row] = of
         when = int(columns.time[of] * 1e6) << TIME_SHIFT
         rests = (DEPTH_END - depths.astype(np.int64) << KEY_BITS | row).tolist()
-        self._ends_worth.clear()
+        self._changed.add(2 * columns.kind[of])
         heap = self._old.setdefault(columns.kind[of], [])
         heap += [when | rest for rest in rests]
         heapq.heapify(heap)
         self._entries += len(rests)
-
-    def _entry(self, key: int) -> tuple[int, int, int]:
-        """Class, time and the rest of a leaf's entries; from now on those are its own."""
-        cohorts = self._hazard.cohorts
-        self.columns.queued[key] = of = self._blocks.cohort[key]
-        rest = DEPTH_END - self._blocks.depth[key] << KEY_BITS | key
-        return cohorts.kind[of], int(cohorts.time[of] * 1e6), rest
 
     def _requeue(self, keys: Sequence[int]) -> None:
         resident, child = self.columns.resident, self.columns.child
@@ -376,7 +392,8 @@ class Ranking:
             return
         self._old.clear()
         self._young.clear()
-        self._ends_worth.clear()
+        self._changed.clear()
+        self._stale = True
         self._entries = 0
         columns = self.columns
         here = columns.array("resident") != 0

@@ -20,6 +20,7 @@ Not where nothing can be learned, as in a scan: LRU then keeps the same and cost
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -136,22 +137,19 @@ class Relevance:
     def _born_few(self, parent: int, keys: Sequence[int], asked: Asked) -> None:
         """As `born`, one by one."""
         blocks = self.blocks
-        cohort, fan, hub, depth = blocks.cohort, blocks.fan, blocks.hub, blocks.depth
-        if any(depth[key] == UNPLACED for key in keys):
-            self._place_few(parent, keys)
+        cohort, fan, hub = blocks.cohort, blocks.fan, blocks.hub
+        self._place_few(parent, keys)
         unknown = [key for key in keys if cohort[key] == NONE]
         if not unknown:
             return
-        for key in unknown:
-            fan[key], hub[key] = 1, 0
         self._weigh(unknown, asked.block_tokens)
-        last, (kind, length, now, _) = unknown[-1], asked
-        if last == keys[-1]:
-            fan[last] = 0
+        last, inner, (kind, length, now, _) = unknown[-1], NONE, asked
         if len(unknown) > 1:
             inner = self.hazard.begin(kind + TOUCHES[1], 1, length, len(unknown) - 1, now)
-            for key in unknown:
-                cohort[key] = inner
+        for key in unknown:
+            fan[key], hub[key], cohort[key] = 1, 0, inner
+        if last == keys[-1]:
+            fan[last] = 0
         cohort[last] = self.hazard.begin(kind + TOUCHES[0], 1, length, 1, now)
 
     def drop(self, keys: Sequence[int]) -> None:
@@ -216,7 +214,7 @@ class Relevance:
         """Some of these may never have been heard of, as after a restart."""
         self.blocks.reserve(max(keys, default=0) + 1)
         cohort = self.blocks.cohort
-        if len(keys) <= SHORT and all(cohort[key] != NONE for key in keys):
+        if len(keys) <= SHORT and NONE not in map(cohort.__getitem__, keys):
             return
         row = np.asarray(keys, np.int32)
         row = row[self.blocks.array("cohort")[row] == NONE]
@@ -234,14 +232,15 @@ class Relevance:
 
     def _request_kind(self, request: Request, gap: float | None) -> int:
         hint = self._hint(request.reuse, request.tag)
-        fresh = sum(request.fresh >= bound for bound in FRESH_BOUNDS)
+        fresh = bisect.bisect(FRESH_BOUNDS, request.fresh)
         return hint * _PER_HINT + (fresh * _GAPS + _gap_share(gap)) * _SHARES
 
     def _hint(self, reuse: str, tag: str) -> int:
         """The number of a combination of hints; those that come late share the last."""
-        if (reuse, tag) not in self._hints and len(self._hints) < HINTS_MAX:
-            self._hints[reuse, tag] = len(self._hints)
-        return self._hints.get((reuse, tag), HINTS_MAX - 1)
+        hint = self._hints.get((reuse, tag))
+        if hint is None and len(self._hints) < HINTS_MAX:
+            hint = self._hints[reuse, tag] = len(self._hints)
+        return HINTS_MAX - 1 if hint is None else hint
 
     def _gap(self, chain: Keys | list[int], now: float) -> float | None:
         """Seconds since the request that this one continues, None when it continues none: its known
@@ -260,13 +259,10 @@ class Relevance:
         """The longest prefix that was heard of, and whether a place in it is not known. A list when
         it is short."""
         if len(known) <= SHORT:
-            cohorts, depths, unplaced = self.blocks.cohort, self.blocks.depth, False
-            for at, key in enumerate(known):
-                if cohorts[key] == NONE:
-                    known = known[:at]
-                    break
-                unplaced = unplaced or depths[key] == UNPLACED
-            return list(known), unplaced
+            cohorts = [self.blocks.cohort[key] for key in known]
+            if NONE in cohorts:
+                known = known[: cohorts.index(NONE)]
+            return list(known), UNPLACED in map(self.blocks.depth.__getitem__, known)
         chain = np.asarray(known, np.int32)
         strange = np.flatnonzero(self.blocks.array("cohort")[chain] == NONE)
         if len(strange):
@@ -279,21 +275,18 @@ class Relevance:
         old: Any
         hub: Any
         if isinstance(chain, list):
-            old = [blocks.cohort[key] for key in chain]
-            hub = [blocks.hub[key] for key in chain]
-            cut = [
-                at
-                for at in range(1, len(chain))
-                if old[at] != old[at - 1] or hub[at] != hub[at - 1]
-            ]
+            old = list(map(blocks.cohort.__getitem__, chain))
+            hub = list(map(blocks.hub.__getitem__, chain))
+            runs = itertools.groupby(zip(old, hub, strict=True) if any(hub) else old)
+            bounds = [0, *itertools.accumulate(len(list(run)) for _, run in runs)]
         else:
             old, hub = blocks.array("cohort")[chain], blocks.array("hub")[chain]
-            cut = (np.flatnonzero((old[1:] != old[:-1]) | (hub[1:] != hub[:-1])) + 1).tolist()
-        bounds = [0, *cut, len(chain)]
+            cut = np.flatnonzero((old[1:] != old[:-1]) | (hub[1:] != hub[:-1])) + 1
+            bounds = [0, *cut.tolist(), len(chain)]
         if whole and bounds[-2] < len(chain) - 1:
             bounds.insert(-1, len(chain) - 1)  # the last block of a request is of its own kind
         kind, length, now, _ = asked
-        runs: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        new: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for first, end in itertools.pairwise(bounds):
             cohort = int(old[first])
             touches = min(hazard.cohorts.touches[cohort] + 1, TOUCHES_MAX)
@@ -305,8 +298,8 @@ class Relevance:
                 of = _HUBS + _gap_share(age)
             else:
                 of = kind + TOUCHES[touches]
-            runs.setdefault((of, touches), []).append((first, end))
-        for (of, touches), parts in runs.items():
+            new.setdefault((of, touches), []).append((first, end))
+        for (of, touches), parts in new.items():
             count = sum(end - first for first, end in parts)
             cohort = hazard.begin(of, touches, length, count, now)
             for first, end in parts:
@@ -348,16 +341,20 @@ class Relevance:
             self.blocks.array("weight")[row] = 1 + depths * (block_tokens / EVEN_TOKENS)
 
     def _place_few(self, parent: int, keys: Sequence[int]) -> None:
-        """As `_place`, one by one."""
-        blocks, placed, before = self.blocks, list[int](), parent
+        """As `_place`, one by one, where some may have their place."""
+        blocks, placed, before, level = self.blocks, list[int](), parent, NONE
         depth, parents, fan = blocks.depth, blocks.parent, blocks.fan
-        if parent != NONE and depth[parent] == UNPLACED:
-            depth[parent] = 0
+        if parent != NONE:
+            if depth[parent] == UNPLACED and UNPLACED in map(depth.__getitem__, keys):
+                depth[parent] = 0
+            level = depth[parent]
         for key in keys:
+            level += 1
             if depth[key] == UNPLACED:
-                depth[key] = 0 if before == NONE else depth[before] + 1
-                parents[key] = before
+                depth[key], parents[key] = level, before
                 placed.append(key)
+            else:
+                level = depth[key]
             before = key
         if parent != NONE and placed and placed[0] == keys[0] and fan[parent] < FAN_MAX:
             fan[parent] += 1
@@ -366,4 +363,4 @@ class Relevance:
 
 
 def _gap_share(gap: float | None) -> int:
-    return 0 if gap is None else 1 + sum(gap >= bound for bound in GAP_BOUNDS_S)
+    return 0 if gap is None else 1 + bisect.bisect(GAP_BOUNDS_S, gap)

@@ -43,3 +43,10 @@ def _check_ranking(family: Relevance, ranking: Ranking) -> None:
         if columns.child[key] == NONE and key not in waiting:
             assert columns.queued[key] == family.blocks.cohort[key], f"leaf {key} is not queued"
             assert key in entries, f"leaf {key} is in no heap"
+    if ranking._stale:
+        return
+    for young, heaps in ((False, ranking._old), (True, ranking._young)):
+        for kind, heap in heaps.items():
+            end = 2 * kind + young
+            seen = end in ranking._known and (ranking._known[end], kind, young) in ranking._ends
+            assert seen or not heap or end in ranking._changed, f"class {kind} is not looked at"

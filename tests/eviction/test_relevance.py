@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kvstore.eviction.base import Policy, Request
 from kvstore.eviction.lru import LRU
-from kvstore.eviction.ranking import DEFER_S, ENTRIES_PER_BLOCK, NONE, Ranking
+from kvstore.eviction.ranking import DEFER_S, ENTRIES_PER_BLOCK, MANY, NONE, Ranking
 from kvstore.eviction.relevance import EVEN_TOKENS, HUB_FAN, STRANGER, UNPLACED, Relevance
 from kvstore.types import DRAM, NVME
 from tests.brain.rankings import check_family
@@ -234,6 +234,16 @@ def test_blocks_of_which_nobody_told_are_strangers() -> None:
     told.touch([1, 2, 3], 1.0)
     assert order(told) == [3, 2, 1]
     assert STRANGER not in {cohorts.kind[blocks.cohort[key]] for key in (1, 2, 3)}
+
+
+def test_many_that_come_at_once_are_named_as_soon_as_one_alone() -> None:
+    told = Told()
+    told.admit([1], 0.0)
+    assert order(told) == [1]
+    check_family(told.family)
+    told.ranking.admit(range(2, 2 + MANY), 0.0)
+    check_family(told.family)
+    assert sorted(order(told)) == list(range(1, 2 + MANY))
 
 
 # -- whatever is sent --------------------------------------------------------------------------
