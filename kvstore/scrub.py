@@ -54,8 +54,7 @@ class Scrub:
                 self._order(MoveKind.SUM, block)
         while self._unsummed and self._left > 0 and self.lazy < IN_FLIGHT_MAX:
             block = self._unsummed.popleft()
-            wanted = flags[block] & (READY | STORED | SPILLING | UNPROVEN) == READY
-            if wanted and catalog.sums[block] is None and not self.count(block):
+            if self._unsummed_yet(block) and not self.count(block):
                 self._left -= catalog.entry(block).slot_bytes
                 self._order(MoveKind.SUM, block)
 
@@ -64,8 +63,8 @@ class Scrub:
         self._left = TICK_BYTES
         self.go_on()
         if len(self._unsummed) > 2 * self.room.resident(DRAM) + 1_024:
-            keys = self.room.catalog.keys
-            self._unsummed = deque(dict.fromkeys(b for b in self._unsummed if keys[b]))
+            due = filter(self._unsummed_yet, self._unsummed)
+            self._unsummed = deque(dict.fromkeys(due))
 
     def finished(self, move: Move, outcome: Outcome) -> None:
         """A check has ended."""
@@ -112,6 +111,11 @@ class Scrub:
     def pinned(self) -> Mapping[int, int]:
         """The pins of moves that are under way, by block."""
         return self._in_flight
+
+    def _unsummed_yet(self, block: int) -> bool:
+        """Whether a checksum of it is wanted that is not known; it may have left meanwhile."""
+        flags = self.room.catalog.flags[block] & (READY | STORED | SPILLING | UNPROVEN)
+        return flags == READY and self.room.catalog.sums[block] is None
 
     def _order(self, kind: MoveKind, block: int) -> None:
         self._in_flight[block] += 1

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from kvstore.eviction.relevance import Relevance
 from kvstore.orders import MoveKind, Outcome
 from kvstore.reads import ABSENT, END, FAILED, LATE, NO_ROOM, PENDING, TOO_SLOW
+from kvstore.scrub import IN_FLIGHT_MAX
+from kvstore.types import DRAM
 from tests.brain.desk import PAGE, Desk, keys, stored_below
 
 LOAD, SPILL, SUM, PROBE = MoveKind.LOAD, MoveKind.SPILL, MoveKind.SUM, MoveKind.PROBE
@@ -343,3 +346,17 @@ def test_a_drain_ends_when_no_slot_is_to_be_had() -> None:
     desk.look()
     desk.finish_all()
     assert desk.store.placement.drained(desk.now) and desk.store.placement.due() == 0
+
+
+def test_blocks_that_left_unsummed_are_not_looked_at_at_every_tick() -> None:
+    """Where blocks come faster than their checksums are taken, and ghosts keep their rows."""
+    desk = Desk(dram=256, family=Relevance())
+    entry = desk.layout()
+    for first in range(0, 8_192, 64):
+        desk.put(entry, *range(first, first + 64))
+        desk.store.tick(desk.now)
+        desk.look()
+    assert desk.kinds().count(SUM) == IN_FLIGHT_MAX, "none of them has ended"
+    room, scrub = desk.store.room, desk.store.placement.scrub
+    assert len(desk.store.catalog.ghosts) > 4_096, "else there is nothing to tell apart"
+    assert len(scrub._unsummed) <= 2 * room.resident(DRAM) + 1_024
