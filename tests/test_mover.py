@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -111,6 +113,57 @@ def test_a_load_does_not_wait_for_spills() -> None:
         drive.may_write.set()
         ended = reports.wait(9)
     assert sorted(ended)[1:] == [(MoveKind.SPILL, block, Outcome.DONE) for block in range(8)]
+
+
+class Counted(Memory):
+    """Knows how many write at a time, at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = self._now = 0
+        self._counting = threading.Lock()
+
+    def write(self, offset: int, data: memoryview) -> None:
+        with self._counting:
+            self._now += 1
+            self.most = max(self.most, self._now)
+        super().write(offset, data)
+        with self._counting:
+            self._now -= 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_move_ends_and_no_more_write_than_may(seed: int) -> None:
+    """Moves of all kinds from several threads, more of the lazy ones than workers for them."""
+    arena, drive, reports = Memory(), Counted(), Reports()
+    dice = random.Random(seed)
+    kinds = (MoveKind.SPILL, MoveKind.SPILL, MoveKind.SUM, MoveKind.LOAD, MoveKind.VERIFY)
+    orders = [[move(dice.choice(kinds), dice.randrange(SLOTS)) for _ in range(80)] for _ in "123"]
+    drive.may_write.set()
+    with mover(arena, drive, reports) as at_work, ThreadPoolExecutor(len(orders)) as clients:
+        for part in range(0, 80, 8):
+            for one in orders:
+                clients.submit(at_work.submit, one[part : part + 8])
+            reports.wait(dice.randrange(3 * part + 1))
+        ended = reports.wait(240)
+        assert not at_work.queued()
+    assert sorted(kind for kind, _, _ in ended) == sorted(one.kind for o in orders for one in o)
+    assert 1 <= drive.most <= THREADS
+
+
+def test_what_is_in_memory_is_proved_while_the_device_hangs() -> None:
+    """All workers wait for the device but one."""
+    arena, drive, reports = Memory(), Memory(), Reports()
+    reading = threading.Event()
+    drive.read = lambda offset, into: reading.wait(WAIT_S)  # type: ignore[method-assign, assignment]
+    with mover(arena, drive, reports) as at_work:
+        at_work.submit([move(MoveKind.LOAD, block) for block in range(SLOTS)])
+        at_work.submit([move(MoveKind.SPILL, block) for block in range(SLOTS)])
+        at_work.submit([move(MoveKind.PROVE, 3, proof=digest(sums(3, arena)))])
+        assert reports.wait(1) == [(MoveKind.PROVE, 3, Outcome.DONE)]
+        reading.set()
+        drive.may_write.set()
+        reports.wait(2 * SLOTS + 1)
 
 
 class Turn(contextlib.AbstractContextManager[None]):
