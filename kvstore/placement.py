@@ -157,7 +157,7 @@ class Placement:
                 writers.pop(block, None)
         if blocks:
             slot_bytes = catalog.entry(blocks[0]).slot_bytes
-            self.room.policy(DRAM, slot_bytes).admit(blocks, now)
+            self.room.tell_later("admit", DRAM, slot_bytes, blocks, now)
             for slab in {self.room.dram.slab_of(catalog.dram[block]) for block in blocks}:
                 self.room.dram.touched[slab] = now
 
@@ -197,9 +197,9 @@ class Placement:
     def warm(self, blocks: Sequence[int], now: float) -> None:
         """Blocks that depend on these have come: those leave first."""
         slot_bytes = self.catalog.entry(blocks[0]).slot_bytes
-        self.room.policy(DRAM, slot_bytes).warm(blocks, now)
+        self.room.tell_later("warm", DRAM, slot_bytes, blocks, now)
         if self.room.nvme.slab_count:
-            self.room.policy(NVME, slot_bytes).warm(blocks, now)
+            self.room.tell_later("warm", NVME, slot_bytes, blocks, now)
 
     def unwrite(self, blocks: Sequence[int]) -> None:
         """Blocks that were being written never will be: their slots are free."""

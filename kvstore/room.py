@@ -83,21 +83,35 @@ class Room:
         self._must_save = must_save
         self.family = family
         self._policies: dict[tuple[int, int], Policy] = {}
+        self._due: list[tuple[str, int, int, Sequence[int], float]] = []  # see `tell_later`
         self._busy: dict[int, int] = {}
         self._slab_scanned = {DRAM: -SLAB_SCAN_S, NVME: -SLAB_SCAN_S}
 
     def policy(self, tier: int, slot_bytes: int) -> Policy:
         """The policy for one slot size of one tier."""
+        if self._due:
+            self.tell()
         found = self._policies.get((tier, slot_bytes))
         if found is None:
             found = self._policies[tier, slot_bytes] = self._new_policy(tier, slot_bytes)
         return found
+
+    def tell_later(self, act: str, tier: int, size: int, blocks: Sequence[int], now: float) -> None:
+        """Have the policy of a tier and slot size told ("admit" or "warm") before it is asked."""
+        self._due.append((act, tier, size, blocks, now))
+
+    def tell(self) -> None:
+        """Tell the policies what is due."""
+        due, self._due = self._due, []
+        for act, tier, size, blocks, now in due:
+            getattr(self.policy(tier, size), act)(blocks, now)
 
     def _new_policy(self, tier: int, slot_bytes: int) -> Policy:
         return self.family.make(tier, self._tier(tier)[0].capacity(slot_bytes))
 
     def policies(self, tier: int) -> list[Policy]:
         """The policies of a tier, one for each slot size."""
+        self.tell()
         return [policy for (of, _), policy in self._policies.items() if of == tier]
 
     def resident(self, tier: int) -> int:

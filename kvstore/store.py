@@ -199,6 +199,7 @@ class Store:
     def digest(self, now: float, most: int | None = None) -> int:
         """Tell the policies of accesses since the last time, of `most` at once; done after
         answering, never before. Returns of how many they have not been told."""
+        self.room.tell()
         if self._learning.digest(now, most):
             self.placement.pump(now)
         self.lending.go_on(now)
