@@ -79,7 +79,7 @@ class Mover:
         self._tokens: dict[Sequence[MoveKind], Tokens] = {IN_MEMORY: queue.SimpleQueue()}
         if nvme:
             self._tokens[HERE] = queue.SimpleQueue()
-        self._taking = threading.Lock()  # guards the next two, and who takes from the queues
+        self._taking = threading.Lock()  # guards the next two, and what is taken from the queues
         self._lazy_running = 0
         self._held = 0  # tokens of lazy moves that have to wait for others to end
         self._lazy_most = threads
@@ -119,8 +119,9 @@ class Mover:
         """Drop what is queued, let what is running end. False when a worker hangs in the device."""
         deadline = time.monotonic() + timeout_s
         self._closing = True
-        for moves in self._queues:
-            moves.clear()
+        with self._taking:
+            for moves in self._queues:
+                moves.clear()
         for tokens in self._tokens.values():
             for _ in self._threads:
                 tokens.put(None)
