@@ -25,9 +25,9 @@ def test_a_power_cut_costs_nothing_that_was_durable(recording: Recording, tmp_pa
     # The images were of all kinds: torn blocks, blocks that only just made it, half-made commits.
     # How many of each depends on when threads ran: these are far below what a busy machine gets.
     assert marks["images"] > 150, marks
-    assert min(marks[kind] for kind in ("begin", "sync-end", "page", "commit")) >= 2, marks
+    assert min(marks[kind] for kind in ("begin", "sync-end", "page", "commit")) >= 5, marks
     assert marks["unsynced"] > 150 and marks["refused"] > 10 and marks["young"] > 10, marks
-    assert marks["due"] > 1_000 and marks["whole tenants"], marks
+    assert marks["due"] > 1_500 and marks["whole tenants"], marks
 
 
 def test_the_stated_bound_holds(recording: Recording) -> None:
